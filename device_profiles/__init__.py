@@ -1,0 +1,1 @@
+"""Device profiles: data only, one TOML file a device, every figure with its source."""

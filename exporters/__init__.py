@@ -1,0 +1,1 @@
+"""Back ends: a checkpoint in, one artifact out, opened again in its own runtime. One file each."""

@@ -1,0 +1,1 @@
+"""Passes over a checkpoint: a checkpoint in, a new checkpoint out. One file each."""

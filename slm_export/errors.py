@@ -1,0 +1,56 @@
+"""What can go wrong, and the exit code of each.
+
+    SlmExportError
+      GateError               1  a gate failed: fidelity, size, latency
+      InputError              2  the input or the options are wrong
+      MissingComponentError   3  a needed component is not installed
+      MachineError            4  the machine failed us: disk full, out of memory, a child that died
+
+An interrupted command (Ctrl-C, SIGTERM) exits with 130.
+Every message says what, where and what to do, on one line or a few, without a traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class SlmExportError(Exception):
+    """Base of every error that a user can cause or mend."""
+
+    exit_code: ClassVar[int] = 4
+
+
+class GateError(SlmExportError):
+    """An artifact was made, measured and found wanting; nothing of it is kept."""
+
+    exit_code = 1
+
+
+class InputError(SlmExportError):
+    """The model, a file or an option given by the user is wrong."""
+
+    exit_code = 2
+
+
+class MissingComponentError(SlmExportError):
+    """A package that this export needs is not installed."""
+
+    exit_code = 3
+
+
+class MachineError(SlmExportError):
+    """The disk, the memory or a child process failed."""
+
+    exit_code = 4
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the nearest known word, else ``"; known: a, b"``."""
+    names = sorted(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; known: {', '.join(names)}" if names else ""
