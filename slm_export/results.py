@@ -1,0 +1,191 @@
+"""What an export found out: plain frozen values that the manifest, the report and the terminal share.
+
+A figure that was not measured is None, never a guess.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Signature:
+    """One callable method of an artifact. Shapes use names for dynamic sizes: ("1", "tokens")."""
+
+    name: str
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file (or package folder) that an exporter wrote; ``path`` is absolute until it is bundled."""
+
+    path: Path
+    format: str
+    bytes: int
+    sha256: str
+    bits_per_weight: float | None
+    signatures: tuple[Signature, ...] = ()
+
+
+@dataclass(frozen=True)
+class PassRow:
+    """What one pass did. ``skipped`` gives a reason for every weight that it left alone."""
+
+    name: str
+    options: dict[str, object]
+    seconds: float
+    bytes_before: int
+    bytes_after: int
+    changed: int
+    skipped: dict[str, str]
+    error: float | None = None
+    """Relative squared error over the changed weights: sum |w - w'|^2 / sum |w|^2."""
+
+
+@dataclass(frozen=True)
+class TokenQuality:
+    """A decoder artifact against its source on held-out text (KL in nats; ratio of perplexities)."""
+
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    kl_max: float | None = None
+    top1_agreement: float | None = None
+    perplexity_ratio: float | None = None
+    perplexity: float | None = None
+    source_perplexity: float | None = None
+    tokens: int = 0
+    quantization_kl_mean: float | None = None
+    lowering_kl_mean: float | None = None
+    lowering_max_abs: float | None = None
+    greedy_tokens: int = 0
+    greedy_agreement: float | None = None
+    greedy_first_difference: int | None = None
+    greedy_text: str | None = None
+
+
+@dataclass(frozen=True)
+class EmbeddingQuality:
+    """An embedding artifact against its source over varied sentences."""
+
+    cosine_min: float | None = None
+    cosine_mean: float | None = None
+    sentences: int = 0
+    worst_sentence: str | None = None
+    lowering_max_abs: float | None = None
+
+
+@dataclass(frozen=True)
+class ScoreQuality:
+    """A classifier artifact against its source over varied sentences."""
+
+    agreement: float | None = None
+    max_abs: float | None = None
+    sentences: int = 0
+    lowering_max_abs: float | None = None
+
+
+Quality = TokenQuality | EmbeddingQuality | ScoreQuality
+
+
+@dataclass(frozen=True)
+class Check:
+    """One judgement of the gate. ``detail`` says where the two sides part, in words a person can act on."""
+
+    name: str
+    passed: bool
+    detail: str
+    value: float | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenLatency:
+    """Median figures of a decoder, measured in a child process."""
+
+    where: str
+    threads: int
+    runs: int
+    prefill_tokens: int
+    load_ms: float | None = None
+    time_to_first_token_ms: float | None = None
+    prefill_tokens_per_s: float | None = None
+    decode_tokens_per_s: float | None = None
+    peak_rss_mb: float | None = None
+    """Peak resident memory of the whole process, the Python interpreter and libraries included, MiB."""
+    model_rss_mb: float | None = None
+    """Peak resident memory above what the process held before the artifact was loaded, MiB."""
+
+
+@dataclass(frozen=True)
+class EncoderLatency:
+    """Percentiles of one call of an encoder (milliseconds) at ``tokens`` tokens, batch 1."""
+
+    where: str
+    threads: int
+    runs: int
+    tokens: int
+    load_ms: float | None = None
+    latency_ms: dict[str, float] = field(default_factory=dict)
+    """p50, p90, p99."""
+    peak_rss_mb: float | None = None
+    model_rss_mb: float | None = None
+
+
+Latency = TokenLatency | EncoderLatency
+
+
+@dataclass(frozen=True)
+class FormatResult:
+    """Everything known of one artifact. ``quality`` and ``latency`` are None where they were turned off."""
+
+    artifact: Artifact
+    quality: Quality | None
+    checks: tuple[Check, ...]
+    latency: Latency | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What was compiled. ``task`` is text-generation, sentence-embedding, text-classification, ..."""
+
+    name: str
+    architecture: str
+    task: str
+    parameters: int
+    source_sha256: str
+    source_bytes: int
+    licence: str | None = None
+    context: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole outcome of one export."""
+
+    model: ModelFacts
+    target: str
+    device: str
+    device_title: str
+    passes: tuple[PassRow, ...]
+    formats: tuple[FormatResult, ...]
+    toolchain: dict[str, str]
+    seconds: float
+    stages: dict[str, float]
+    """Wall seconds by stage, in order."""
+    peak_rss_mb: float
+    """Peak resident memory of the export itself, MiB."""
+    notes: tuple[str, ...] = ()
+    """What was not done, and why: verification turned off, a check that does not apply, a fallback."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check of every format passed."""
+        return all(result.passed for result in self.formats)

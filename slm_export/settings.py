@@ -1,0 +1,105 @@
+"""The user's own ``slm-export.toml``: what ``slm-export --target android`` means in this folder.
+
+Every key is optional, and an option on the command line overrides it. Relative paths are relative to
+the folder of the file, so a CI job may start anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from slm_export.gates import Gates
+from slm_export.profile import FormatName, TargetName
+from slm_export.tomlfile import read_model
+
+FILE_NAME = "slm-export.toml"
+
+Bits = Literal[4, 8, 16, 32]
+GroupSize = Literal[32, 64, 128, 256]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Settings(BaseModel):
+    """What ``slm-export.toml`` says; None where it says nothing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+    model: Text | None = None
+    """A folder (absolute here), or the name of a model on the Hugging Face hub."""
+    revision: Text | None = None
+    target: TargetName | None = None
+    device: Text | None = None
+    """The name of a shipped profile, or a path ending in ``.toml`` (absolute here)."""
+    formats: tuple[FormatName, ...] | None = Field(default=None, min_length=1)
+    bits: Bits | None = None
+    group_size: GroupSize | None = None
+    embedding_bits: Bits | None = None
+    head_bits: Bits | None = None
+    context: int | None = Field(default=None, ge=1)
+    eval_text: Path | None = None
+    out: Path | None = None
+    gates: Gates = Field(default_factory=lambda: Gates.model_validate({}))
+
+    @field_validator("formats")
+    @classmethod
+    def _no_format_twice(cls, formats: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for index, name in enumerate(formats or ()):
+            if name in (formats or ())[:index]:
+                raise ValueError(f"'{name}' is listed twice")
+        return formats
+
+    @field_validator("eval_text", "out", mode="before")
+    @classmethod
+    def _text_is_a_path(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if not value.strip():
+            # Path("") is the current folder, which nobody means by it
+            raise ValueError("an empty path")
+        return Path(value.strip())
+
+
+def load_settings(folder: Path) -> Settings | None:
+    """Read ``slm-export.toml`` of exactly this folder (no parent is searched); None where there is none.
+
+    Raises:
+        InputError: the file is there, but wrong.
+    """
+    path = folder / FILE_NAME
+    if not os.path.lexists(path):
+        return None
+    settings = read_model(path, Settings, label=FILE_NAME)
+    return settings.model_copy(
+        update={
+            "model": _resolve_model(folder, settings.model),
+            "device": _resolve_device(folder, settings.device),
+            "eval_text": _resolve(folder, settings.eval_text),
+            "out": _resolve(folder, settings.out),
+        }
+    )
+
+
+def _resolve_model(folder: Path, model: str | None) -> str | None:
+    # "org/name" may be a folder or a hub name: it is a folder if one is there.
+    if model is None:
+        return None
+    looks_like_path = re.match(r"\.{1,2}(/|$)|/|~", model) is not None or Path(model).is_absolute()
+    if looks_like_path or (folder / model).exists():
+        return str(_resolve(folder, Path(model)))
+    return model
+
+
+def _resolve_device(folder: Path, device: str | None) -> str | None:
+    if device is None or not device.endswith(".toml"):
+        return device
+    return str(_resolve(folder, Path(device)))
+
+
+def _resolve(folder: Path, path: Path | None) -> Path | None:
+    # abspath and not resolve(): links stay as the user named them
+    return None if path is None else Path(os.path.abspath(folder / os.path.expanduser(path)))
