@@ -1,0 +1,246 @@
+"""The source model's own tokenizer, and a detokenizer for streams of tokens.
+
+transformers' tokenizer of the checkpoint folder is the oracle: what it makes of a text is what the model
+was trained on. Code that a checkpoint brings along is never executed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slm_export.errors import InputError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+"""The files of a checkpoint that belong in a bundle's ``tokenizer/`` folder, where they exist."""
+
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+    "vocab.json",
+    "tekken.json",
+)
+
+
+def tokenizer_files(folder: Path) -> tuple[Path, ...]:
+    """Return the files of ``folder`` that belong in a bundle's ``tokenizer/`` folder."""
+    return tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+
+
+@dataclass(frozen=True)
+class SourceTokenizer:
+    """The tokenizer of a checkpoint folder, as transformers reads it."""
+
+    folder: Path
+    stop_ids: tuple[int, ...]
+    """Where generation ends. As in transformers' ``generate``, ``eos_token_id`` of generation_config.json
+    alone decides where it is set; otherwise the union of config.json's and the tokenizer's own."""
+    backend: Any
+    """The transformers tokenizer itself, for what this face does not cover."""
+
+    @classmethod
+    def load(cls, folder: Path) -> SourceTokenizer:
+        """Open the tokenizer of a folder, without network and without executing code from it."""
+        _check_files(folder)
+        from transformers import AutoTokenizer
+
+        try:
+            backend = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # tokenizers raises plain Exception on a file that it cannot read
+            raise InputError(f"{folder}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+        return cls(folder, _stop_ids(folder, backend.eos_token_id), backend)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, nothing added before or after it."""
+        return self._ids(text, special=False)
+
+    def encode_with_template(self, text: str) -> list[int]:
+        """Return the ids of a text with the special tokens that the tokenizer adds around it."""
+        return self._ids(text, special=True)
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        # Windows are cut later: neither truncation nor a warning about the length is wanted here.
+        encoded = self.backend(text, add_special_tokens=special, truncation=False, verbose=False)
+        ids: list[int] = encoded["input_ids"]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens included."""
+        text: str = self.backend.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids the tokenizer knows; the model's embedding may have more rows."""
+        return len(self.backend)
+
+    @property
+    def bos_id(self) -> int | None:
+        """The opening token, if the tokenizer names one."""
+        return self.backend.bos_token_id  # type: ignore[no-any-return]
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer puts the opening token before a text by itself."""
+        return self.bos_id is not None and self.encode_with_template("a")[:1] == [self.bos_id]
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The texts that stand for special tokens, by id."""
+        return tuple(token.content for _, token in self._added() if token.special)
+
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """Every text that is matched whole before tokenizing, special or not, by id."""
+        return tuple(token.content for _, token in self._added())
+
+    def _added(self) -> list[tuple[int, Any]]:
+        return sorted(self.backend.added_tokens_decoder.items())
+
+    def vocabulary_sample(self, count: int) -> tuple[str, ...]:
+        """Return the texts of ``count`` tokens spread evenly over the vocabulary."""
+        step = max(1, self.vocab_size // count)
+        texts = (self.decode([token]) for token in range(0, self.vocab_size, step))
+        return tuple(text for text in texts if text and "\ufffd" not in text)[:count]
+
+    def render_chat(self, prompt: str, system: str | None = None) -> str | None:
+        """Return the chat template around a prompt, up to the answer; None without a template."""
+        if not self.backend.chat_template:
+            return None
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages.append({"role": "user", "content": prompt})
+        try:
+            text: str = self.backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is the model's own program: it can fail in any way
+            raise InputError(f"{self.folder}: the chat template fails: {_first_line(error)}") from error
+        return text
+
+    def tokenizer_json_bytes(self) -> bytes:
+        """Return the folder's tokenizer.json, or the one that transformers converted its vocabulary to."""
+        file = self.folder / "tokenizer.json"
+        if file.is_file():
+            return file.read_bytes()
+        fast = getattr(self.backend, "backend_tokenizer", None)
+        if fast is None:
+            raise InputError(
+                f"{self.folder}: no tokenizer.json, and {type(self.backend).__name__} has no fast tokenizer "
+                "to make one of"
+            )
+        serialised: str = fast.to_str()
+        return serialised.encode("utf-8")
+
+
+class Detokenizer:
+    """Turns a stream of ids into a stream of text, never showing half a character.
+
+    Decoding token by token is wrong twice: a character may span tokens, and some decoders drop the space
+    before the first token they are given. So each id is decoded behind the piece shown before it.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []
+        self._context = 0
+        self._shown = 0
+
+    def add(self, token: int) -> str:
+        """Return the text that this token completes, perhaps none."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        stable = text.rstrip("\ufffd")  # a replacement at the end may be the start of a character
+        new = stable[self._shown :]
+        self._shown = max(self._shown, len(stable))
+        if len(stable) == len(text):
+            self._forget()
+        return new
+
+    def flush(self) -> str:
+        """Return what is held back, as it is, and start anew."""
+        rest = self._decode(self._ids)[self._shown :] if self._ids else ""
+        self._ids, self._context, self._shown = [], 0, 0
+        return rest
+
+    def _forget(self) -> None:
+        """Keep only the ids since the last whole character as the context of the next."""
+        recent = self._ids[self._context :]
+        text = self._decode(recent)
+        if text and not text.startswith("\ufffd"):
+            self._ids, self._shown = recent, len(text)
+        self._context = len(self._ids)
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse a folder that has no tokenizer, a broken one, or one that only its own code can read."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        raise InputError(
+            f"{folder}: no tokenizer; expected tokenizer.json or one of {', '.join(_VOCABULARIES[1:])}"
+        )
+    _read_json(folder / "tokenizer.json")
+    auto_map = _read_json(folder / "tokenizer_config.json").get("auto_map")
+    if auto_map and (not isinstance(auto_map, dict) or "AutoTokenizer" in auto_map):
+        raise InputError(
+            f"{folder / 'tokenizer_config.json'}: the tokenizer needs code of its own (auto_map), which is "
+            "never executed here; save it as a standard tokenizer.json first"
+        )
+
+
+def _stop_ids(folder: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
+    """Return the stop tokens by the rule that ``SourceTokenizer.stop_ids`` states."""
+    generation = _eos_of(folder / "generation_config.json")
+    if generation:
+        return generation
+    own = () if tokenizer_eos is None else (tokenizer_eos,)
+    return tuple(dict.fromkeys(_eos_of(folder / "config.json") + own))
+
+
+def _eos_of(file: Path) -> tuple[int, ...]:
+    """Return ``eos_token_id`` of a file as a tuple; empty when the file or the key is missing."""
+    content = _read_json(file)
+    nested = content.get("text_config")
+    value = content.get("eos_token_id")
+    if value is None and isinstance(nested, dict):  # the language model inside a multimodal one
+        value = nested.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            raise InputError(f"{file}: eos_token_id must be a token id or a list of them, not {value!r}")
+    return tuple(dict.fromkeys(ids))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Return a JSON object; empty when there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _first_line(error: BaseException) -> str:
+    """Return an exception's type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
