@@ -1,0 +1,176 @@
+"""ExecuTorch through XNNPACK: ``model.pte``, for Android, iOS and Linux alike.
+
+Given   a checkpoint on the integer grid, or in 16 or 32 bits
+Result  one program with one method, ``forward``:
+        a decoder takes tokens (1, n) and their start position, keeps its KV cache inside and returns the
+        logits of the last token; an encoder takes ids and mask (1, n) and returns an embedding or scores.
+        Constant methods tell the stock LLM runners (Android's ``LlmModule``, ``TextLLMRunner``) the rest.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from slm_export.checkpoint import Checkpoint
+from slm_export.checksums import sha256_file
+from slm_export.errors import InputError, MissingComponentError
+from slm_export.results import Artifact, Signature
+from slm_export.runtime import ExportOptions, Session
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.export import ExportedProgram
+
+PREFILL_CHUNK = 512
+"""Longest input of one call. Runners feed a longer prompt in pieces; room is planned for this many tokens,
+so it is a bound on memory too."""
+
+
+class ExecuTorchExporter:
+    """Writes and opens ``.pte`` programs."""
+
+    name: ClassVar[str] = "executorch"
+    file: ClassVar[str] = "executorch/model.pte"
+
+    def ready(self) -> None:
+        """Raise MissingComponentError unless executorch can be imported, kernels included."""
+        try:
+            importlib.import_module("executorch.exir")
+            from slm_export.exporters.executorch_dialect import load_operators
+
+            load_operators()
+        except ImportError as error:
+            raise MissingComponentError(
+                f"the executorch format needs the executorch package, which cannot be imported ({error}); "
+                "pip install 'slm-export[executorch]'"
+            ) from error
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise InputError where this checkpoint cannot be lowered."""
+        if checkpoint.task not in ("text-generation", "sentence-embedding", "text-classification"):
+            raise InputError(f"{checkpoint.name}: task {checkpoint.task} cannot be exported to executorch")
+
+    def write(self, checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Artifact:
+        """Trace, lower and write the program."""
+        decodes = checkpoint.task == "text-generation"
+        program = _trace_decoder(checkpoint, options) if decodes else _trace_encoder(checkpoint, options)
+        constants = _constants(checkpoint, options) if decodes else {"get_max_seq_len": options.context}
+        _lower(program, constants, path)
+        size = path.stat().st_size
+        return Artifact(
+            path=path,
+            format=self.name,
+            bytes=size,
+            sha256=sha256_file(path),
+            bits_per_weight=8 * size / checkpoint.parameters,
+            signatures=(_signature(checkpoint, options),),
+        )
+
+    def open(self, path: Path, task: str) -> Session:
+        """Open a program in ExecuTorch's own runtime."""
+        from slm_export.exporters.executorch_session import open_session
+
+        return open_session(path, task)
+
+    def generate(self, path: Path, tokenizer: Path, prompt: str, tokens: int) -> str | None:
+        """Return greedy text of the Python binding of ``TextLLMRunner``, which is what phones run."""
+        from slm_export.exporters.executorch_session import run_text_llm_runner
+
+        return run_text_llm_runner(path, tokenizer, prompt, tokens)
+
+
+def _trace_decoder(checkpoint: Checkpoint, options: ExportOptions) -> ExportedProgram:
+    import torch
+    from torch.export import Dim, export
+
+    from slm_export.exporters.executorch_dialect import ExecuTorchDialect
+    from slm_export.model import build_decoder
+
+    dialect = ExecuTorchDialect()
+    module = build_decoder(checkpoint, dialect, options.context)
+    _exchange_norms(module, dialect)
+    tokens = Dim("tokens", min=1, max=min(PREFILL_CHUNK, options.context))
+    example = (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    with torch.no_grad():
+        return export(module, example, dynamic_shapes=({1: tokens}, None), strict=False)
+
+
+def _trace_encoder(checkpoint: Checkpoint, options: ExportOptions) -> ExportedProgram:
+    import torch
+    from torch.export import Dim, export
+
+    from slm_export.exporters.executorch_dialect import ExecuTorchDialect
+    from slm_export.model import build_encoder
+
+    dialect = ExecuTorchDialect()
+    module = build_encoder(checkpoint, dialect)
+    _exchange_norms(module, dialect)
+    tokens = Dim("tokens", min=1, max=options.context)
+    example = (torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64))
+    with torch.no_grad():
+        return export(module, example, dynamic_shapes=({1: tokens}, {1: tokens}), strict=False)
+
+
+def _exchange_norms(module: nn.Module, dialect: Any) -> None:
+    for path, child in list(module.named_modules()):
+        if (faster := dialect.norm(child)) is not None:
+            module.set_submodule(path, faster.eval())
+
+
+def _constants(checkpoint: Checkpoint, options: ExportOptions) -> Mapping[str, Any]:
+    """Return the constant methods that the LLM runners read."""
+    constants: dict[str, Any] = {
+        "get_max_seq_len": min(PREFILL_CHUNK, options.context),
+        "get_max_context_len": options.context,
+        "get_vocab_size": int(checkpoint.config.get_text_config().vocab_size),
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+        "get_eos_ids": list(options.stop_ids),
+    }
+    if options.bos_id is not None:
+        constants["get_bos_id"] = options.bos_id
+    return constants
+
+
+def _lower(program: ExportedProgram, constants: Mapping[str, Any], path: Path) -> None:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+
+    edge = to_edge_transform_and_lower(
+        program,
+        partitioner=[XnnpackPartitioner()],
+        # The operators of `llama` and `quantized_decomposed` are not core ATen, and rightly so.
+        compile_config=EdgeCompileConfig(_check_ir_validity=False),
+        constant_methods=dict(constants),
+    )
+    executable = edge.to_executorch(
+        ExecutorchBackendConfig(
+            # Weights in a segment of their own are mapped, and freed once XNNPACK has packed them.
+            extract_delegate_segments=True,
+            do_quant_fusion_and_const_prop=True,
+            sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+        )
+    )
+    with open(path, "wb") as file:
+        executable.write_to_file(file)
+
+
+def _signature(checkpoint: Checkpoint, options: ExportOptions) -> Signature:
+    if checkpoint.task == "text-generation":
+        longest = min(PREFILL_CHUNK, options.context)
+        vocabulary = checkpoint.config.get_text_config().vocab_size
+        return Signature(
+            "forward",
+            {"tokens": f"int64[1, 1..{longest}]", "input_pos": "int64[1]"},
+            {"logits": f"float32[1, {vocabulary}]"},
+        )
+    inputs = {name: f"int64[1, 1..{options.context}]" for name in ("input_ids", "attention_mask")}
+    config = checkpoint.config
+    if checkpoint.task == "sentence-embedding":
+        return Signature("forward", inputs, {"embedding": f"float32[1, {config.hidden_size}]"})
+    return Signature("forward", inputs, {"scores": f"float32[1, {config.num_labels}]"})

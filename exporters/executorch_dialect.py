@@ -1,0 +1,199 @@
+"""The parts of a model in ExecuTorch's own operators, in the forms that its XNNPACK partitioner recognises.
+
+    linear      int4 or int8 codes and scales, activations quantized to int8 per token when they arrive
+    embedding   ``quantized_decomposed.embedding_4bit`` and ``embedding_byte``
+    attention   ``llama.update_cache`` and ``llama.custom_sdpa``, the kernels of the stock LLM runners
+    norms       the mean as a product with a constant row, so that XNNPACK takes the whole norm
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slm_export.dialect import AttentionShape, Position
+from slm_export.errors import InputError
+from slm_export.weights import CODE_RANGE, Dense, Quantized, Weight
+
+
+class ExecuTorchDialect:
+    """Makes parts for XNNPACK; ``load_operators`` must have been called."""
+
+    def linear(self, weight: Weight, bias: Tensor | None) -> nn.Module:
+        """Return a linear layer on the codes themselves, or on float32 or float16 values."""
+        if isinstance(weight, Quantized):
+            return _QuantizedLinear(weight, bias)
+        return _HalfLinear(weight, bias) if weight.dtype == torch.float16 else _FloatLinear(weight, bias)
+
+    def embedding(self, weight: Weight) -> nn.Module:
+        """Return a table look-up."""
+        return _QuantizedEmbedding(weight) if isinstance(weight, Quantized) else _FloatEmbedding(weight)
+
+    def cached_attention(self, shape: AttentionShape, position: Position) -> nn.Module:
+        """Return attention over a cache of ``shape.context`` positions."""
+        if shape.window is not None or shape.softcap is not None:
+            raise InputError("sliding-window or soft-capped attention cannot be exported to ExecuTorch yet")
+        return _CachedAttention(shape, position)
+
+    def norm(self, module: nn.Module) -> nn.Module | None:
+        """Return an equal of a normalisation whose mean is a matrix product, or None to keep it.
+
+        XNNPACK has no mean over the last dimension: left alone, each norm splits the graph in two partitions.
+        """
+        made = _norm_like(module)
+        if made is None:
+            return None
+        sample = torch.randn(1, 3, made.weight.shape[0], generator=torch.Generator().manual_seed(0))
+        # By its name alone a class may hide another formula: only an equal one takes its place.
+        return made if torch.allclose(made(sample), module(sample), rtol=1e-5, atol=1e-5) else None
+
+
+def load_operators() -> None:
+    """Import what registers the operators used here, and the kernels that run them."""
+    import torch.ao.quantization.fx._decomposed
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
+    from executorch.extension.pybindings import portable_lib  # noqa: F401
+    from executorch.kernels import quantized  # noqa: F401
+
+
+class _QuantizedLinear(nn.Module):
+    def __init__(self, weight: Quantized, bias: Tensor | None) -> None:
+        super().__init__()
+        per_channel = weight.bits == 8
+        self.bits, self.group = weight.bits, weight.group
+        self.register_buffer("codes", weight.codes())
+        self.register_buffer("scales", weight.scales.squeeze(1) if per_channel else weight.scales)
+        kind = torch.int64 if per_channel else torch.int32
+        self.register_buffer("zeros", torch.zeros(self.scales.shape, dtype=kind))
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ops: Any = torch.ops.quantized_decomposed
+        scale, zero = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
+        codes = ops.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
+        x = ops.dequantize_per_token(codes, scale, zero, -128, 127, torch.int8, torch.float32)
+        return F.linear(x, self._matrix(), self.bias)
+
+    def _matrix(self) -> Tensor:
+        ops: Any = torch.ops.quantized_decomposed
+        low, high = CODE_RANGE[self.bits]
+        args = (self.codes, self.scales, self.zeros)
+        if self.bits == 8:
+            matrix: Tensor = ops.dequantize_per_channel(*args, 0, low, high, torch.int8)
+        else:
+            matrix = ops.dequantize_per_channel_group(*args, low, high, torch.int8, self.group, torch.float32)
+        return matrix
+
+
+class _HalfLinear(nn.Module):
+    def __init__(self, weight: Dense, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.load(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x.to(torch.float16), self.weight).to(torch.float32)
+        return y if self.bias is None else y + self.bias
+
+
+class _FloatLinear(nn.Module):
+    def __init__(self, weight: Dense, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.float32(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class _QuantizedEmbedding(nn.Module):
+    def __init__(self, weight: Quantized) -> None:
+        super().__init__()
+        self.bits = weight.bits
+        self.register_buffer("codes", weight.codes() if weight.bits == 8 else _embedding_nibbles(weight))
+        self.register_buffer("scales", weight.scales.squeeze(1) if weight.bits == 8 else weight.scales)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        ops: Any = torch.ops.quantized_decomposed
+        look_up = ops.embedding_byte if self.bits == 8 else ops.embedding_4bit
+        low, high = (0, 0) if self.bits == 8 else CODE_RANGE[4]
+        rows: Tensor = look_up.dtype(self.codes, self.scales, None, low, high, ids, dtype=torch.float32)
+        return rows
+
+
+def _embedding_nibbles(weight: Quantized) -> Tensor:
+    """Return uint8 (rows, in / 2) as ``embedding_4bit`` reads it: code + 8, even column in the high nibble."""
+    codes = (weight.codes() + 8).view(torch.uint8)
+    return (codes[:, 0::2] << 4) | codes[:, 1::2]
+
+
+class _FloatEmbedding(nn.Module):
+    def __init__(self, weight: Dense) -> None:
+        super().__init__()
+        kept = weight.load() if weight.dtype == torch.float16 else weight.float32()
+        self.weight = nn.Parameter(kept, requires_grad=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight).to(torch.float32)
+
+
+class _CachedAttention(nn.Module):
+    def __init__(self, shape: AttentionShape, position: Position) -> None:
+        super().__init__()
+        self.scaling = shape.scaling
+        self.position = position
+        size = (1, shape.context, shape.kv_heads, shape.head_dim)
+        self.register_buffer("k_cache", torch.zeros(size))
+        self.register_buffer("v_cache", torch.zeros(size))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        start, llama = self.position.start, torch.ops.llama
+        llama.update_cache(key.transpose(1, 2), self.k_cache, start)
+        llama.update_cache(value.transpose(1, 2), self.v_cache, start)
+        output: Tensor = llama.custom_sdpa(
+            query.transpose(1, 2), self.k_cache, self.v_cache, start, None, 0.0, True, self.scaling
+        )
+        return output
+
+
+class _RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        self.eps = eps
+        self.register_buffer("average", torch.full((1, weight.shape[0]), 1 / weight.shape[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(F.linear(x * x, self.average) + self.eps) * self.weight
+
+
+class _LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * weight + bias (Ba, Kiros and Hinton, 2016)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        self.bias = nn.Parameter(bias.clone(), requires_grad=False)
+        self.eps = eps
+        self.register_buffer("average", torch.full((1, weight.shape[0]), 1 / weight.shape[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - F.linear(x, self.average)
+        return x * torch.rsqrt(F.linear(x * x, self.average) + self.eps) * self.weight + self.bias
+
+
+def _norm_like(module: nn.Module) -> _RMSNorm | _LayerNorm | None:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 1:
+        return None
+    if type(module) is nn.LayerNorm and module.bias is not None:
+        return _LayerNorm(weight, module.bias, module.eps)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if type(module).__name__.endswith("RMSNorm") and isinstance(eps, float):
+        return _RMSNorm(weight, eps)
+    return None

@@ -1,0 +1,98 @@
+"""A ``.pte`` open in ExecuTorch's own runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slm_export.errors import InputError
+from slm_export.exporters.executorch_dialect import load_operators
+from slm_export.runtime import Session
+
+
+def open_session(path: Path, task: str) -> Session:
+    """Open a program; InputError where it is not one, or not a program of ours."""
+    load_operators()
+    from executorch.runtime import Runtime, Verification
+
+    try:
+        program = Runtime.get().load_program(str(path), verification=Verification.Minimal)
+        method = program.load_method("forward")
+    except (RuntimeError, OSError) as error:
+        raise InputError(f"{path}: ExecuTorch cannot load it: {error}; export the model again") from error
+    if method is None:
+        raise InputError(f"{path}: has no method 'forward'; export the model again")
+    return _Decoder(program, method) if task == "text-generation" else _Encoder(program, method)
+
+
+class _Program:
+    def __init__(self, program: Any, method: Any) -> None:
+        self._program, self._method = program, method
+        self._metadata = {
+            name: _plain(program.load_method(name).execute([]))
+            for name in sorted(program.method_names)
+            if name != "forward"
+        }
+
+    def metadata(self) -> Mapping[str, Any]:
+        """Return the constant methods and their values."""
+        return self._metadata
+
+    def close(self) -> None:
+        """Let go of the program."""
+        del self._method, self._program
+
+    def _run(self, *inputs: Tensor) -> Tensor:
+        # The runtime reuses the memory of its outputs at the next call.
+        output: Tensor = self._method.execute(list(inputs))[0][0].clone()
+        return output
+
+
+class _Decoder(_Program):
+    def __init__(self, program: Any, method: Any) -> None:
+        super().__init__(program, method)
+        self.context = int(self._metadata["get_max_context_len"])
+        self.prefill_chunk = int(self._metadata["get_max_seq_len"])
+
+    def logits(self, tokens: Sequence[int], start: int) -> Tensor:
+        """Feed tokens at position ``start``; return float32 (vocabulary,) after the last of them."""
+        if not tokens or start + len(tokens) > self.context:
+            raise ValueError(f"{len(tokens)} tokens at {start} do not fit a context of {self.context}")
+        for at in range(0, len(tokens), self.prefill_chunk):
+            part = torch.tensor([tokens[at : at + self.prefill_chunk]], dtype=torch.int64)
+            result = self._run(part, torch.tensor([start + at], dtype=torch.int64))
+        return result
+
+
+class _Encoder(_Program):
+    def __init__(self, program: Any, method: Any) -> None:
+        super().__init__(program, method)
+        self.context = int(self._metadata["get_max_seq_len"])
+
+    def outputs(self, tokens: Sequence[int], mask: Sequence[int]) -> Tensor:
+        """Return float32 (width,) or (classes,)."""
+        if not tokens or len(tokens) > self.context:
+            raise ValueError(f"{len(tokens)} tokens do not fit a longest input of {self.context}")
+        return self._run(torch.tensor([list(tokens)]), torch.tensor([list(mask)]))
+
+
+def _plain(values: Sequence[Any]) -> Any:
+    """Return a constant method's value: a number, or a list of them."""
+    items = [value.tolist() if isinstance(value, Tensor) else value for value in values]
+    return items[0] if len(items) == 1 else items
+
+
+def run_text_llm_runner(path: Path, tokenizer: Path, prompt: str, tokens: int) -> str:
+    """Return ``tokens`` greedy tokens as text, from ExecuTorch's own generation loop."""
+    load_operators()
+    from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+
+    parts: list[str] = []
+    runner = TextLLMRunner(str(path), str(tokenizer))
+    config = GenerationConfig(temperature=0.0, echo=False, max_new_tokens=tokens)
+    runner.generate(prompt, config, parts.append)
+    return "".join(parts)

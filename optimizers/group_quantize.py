@@ -1,0 +1,170 @@
+"""Quantize matrices to signed integers, with the scale of least squared error.
+
+Given   Dense matrices: linear layers (out, in), embedding tables and heads (vocabulary, in)
+Result  4 bits: codes -8..7, one scale per ``group`` columns; 8 bits: codes -127..127, one scale per row;
+        16 bits: Dense float16; 32 bits: untouched, and listed as skipped
+
+The scale is searched for, because the largest value of a group is a poor guide to it: clipping one
+outlier by half a step costs less than coarsening all of the group. For every group, a range of clipping
+points is tried, and the best is refined by alternating least squares (Lloyd's algorithm for a
+uniform quantizer: with codes q fixed the best scale is <w, q> / <q, q>). No data is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from slm_export.checkpoint import Checkpoint, PassResult
+from slm_export.errors import InputError
+from slm_export.weights import CODE_RANGE, GROUPS, Dense, Quantized, Weight, grid_scale, quantized
+
+Bits = Literal[4, 8, 16, 32]
+
+# The largest magnitude is mapped to these codes: from a little beyond the range (which clips it) to inside.
+_CLIPS = {
+    4: (10.0, 9.3, 8.7, 8.2, 7.8, 7.4, 7.0, 6.7, 6.4, 6.0),
+    8: (135.0, 131.0, 129.0, 127.0),
+}
+_REFINEMENTS = 2
+_BLOCK = 1 << 22  # values at a time: the search needs several float32 copies of a block
+
+
+@dataclass(frozen=True)
+class GroupQuantize:
+    """Options: bits of linear layers, group of 4-bit matrices, bits of embedding and head, scale search."""
+
+    name: ClassVar[str] = "group-quantize"
+
+    bits: Bits = 4
+    group: int = 32
+    embedding_bits: Bits = 8
+    head_bits: Bits | None = None
+    """None: as the embedding. A tied pair is one matrix, and takes ``embedding_bits``."""
+    search: bool = True
+    """False takes the largest magnitude of each group for its range (min-max): for comparison."""
+
+    def __post_init__(self) -> None:
+        for option in ("bits", "embedding_bits", "head_bits"):
+            if (value := getattr(self, option)) not in (4, 8, 16, 32) and value is not None:
+                raise InputError(f"group-quantize: {option} must be 4, 8, 16 or 32, not {value!r}")
+        if self.group not in GROUPS:
+            raise InputError(f"group-quantize: group must be one of {GROUPS}, not {self.group!r}")
+
+    def run(self, checkpoint: Checkpoint) -> PassResult:
+        """Quantize every matrix of the checkpoint, one at a time."""
+        self._refuse(checkpoint)
+        changed: dict[str, Weight] = {}
+        skipped: dict[str, str] = {}
+        for name, weight in checkpoint.weights.items():
+            result = self._convert(weight, self._bits_of(checkpoint.roles.get(name, "other")))
+            if isinstance(result, str):
+                skipped[name] = result
+            else:
+                changed[name] = result
+        return PassResult(checkpoint.with_weights(changed), skipped)
+
+    def _bits_of(self, role: str) -> int:
+        if role == "linear":
+            return self.bits
+        if role == "head":
+            return self.head_bits or self.embedding_bits
+        if role == "table":
+            # Position tables are small and every token reads one: 4 bits would save nothing worth its error.
+            return max(8, self.embedding_bits)
+        return self.embedding_bits if role == "embedding" else 0
+
+    def _convert(self, weight: Weight, bits: int) -> Weight | str:
+        if not isinstance(weight, Dense):
+            return "already quantized"
+        if not bits:
+            return "a vector or a norm: small, and precision matters"
+        if bits == 32:
+            return "kept in 32 bits, as asked"
+        if bits == 16:
+            return _half(weight)
+        if bits == 4 and weight.shape[1] % GROUPS[0]:
+            return f"{weight.shape[1]} columns do not divide by {GROUPS[0]}, the smallest group"
+        return quantize(weight.float32(), bits, self.group if bits == 4 else weight.shape[1], self.search)
+
+    def _refuse(self, checkpoint: Checkpoint) -> None:
+        """Refuse what cannot mean what the user asked for, before any work."""
+        if checkpoint.tied and self.head_bits not in (None, self.embedding_bits):
+            raise InputError(
+                f"head bits {self.head_bits} and embedding bits {self.embedding_bits} differ, but this model "
+                "ties its head to its embedding: they are one matrix; give both the same bits, or leave out "
+                "the head's"
+            )
+        four = {
+            name: weight.shape[1]
+            for name, weight in checkpoint.weights.items()
+            if self._bits_of(checkpoint.roles.get(name, "other")) == 4 and not weight.shape[1] % GROUPS[0]
+        }
+        for name, columns in four.items():
+            if columns % self.group:
+                fitting = [str(g) for g in GROUPS if not any(c % g for c in four.values())]
+                raise InputError(
+                    f"group size {self.group} does not divide the {columns} columns of {name}; "
+                    f"a group size that fits this model: {' or '.join(fitting)}"
+                )
+
+
+def quantize(values: Tensor, bits: int, group: int, search: bool = True) -> Quantized:
+    """Return ``values``, float32 (out, in), on the grid with the scales of least squared error.
+
+    Blocks of whole rows are worked on, so that the search needs little memory beside the result.
+    """
+    rows = max(1, _BLOCK // values.shape[1])
+    blocks = [_quantize_block(block, bits, group, search) for block in values.split(rows)]
+    codes, scales = zip(*blocks, strict=True)
+    return quantized(torch.cat(codes), torch.cat(scales), bits)
+
+
+def _quantize_block(values: Tensor, bits: int, group: int, search: bool) -> tuple[Tensor, Tensor]:
+    groups = values.reshape(values.shape[0], -1, group)
+    largest = groups.abs().amax(dim=-1)
+    best = grid_scale(largest / CODE_RANGE[bits][1])
+    if search:
+        best = _search(groups, largest, best, bits)
+    return _codes(groups, best, bits).to(torch.int8).reshape(values.shape), best
+
+
+def _search(groups: Tensor, largest: Tensor, best: Tensor, bits: int) -> Tensor:
+    """Return the scales (out, groups) of least squared error among those tried; never worse than ``best``."""
+    error = _error(groups, best, bits)
+    candidates = [grid_scale(largest / clip) for clip in _CLIPS[bits]]
+    for scale in candidates:
+        best, error = _better(groups, scale, best, error, bits)
+    for _ in range(_REFINEMENTS):
+        codes = _codes(groups, best, bits)
+        norm = codes.square().sum(-1).clamp_min(1)
+        best, error = _better(groups, grid_scale((groups * codes).sum(-1) / norm), best, error, bits)
+    return best
+
+
+def _better(
+    groups: Tensor, scale: Tensor, best: Tensor, error: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    tried = _error(groups, scale, bits)
+    return torch.where(tried < error, scale, best), torch.minimum(tried, error)
+
+
+def _codes(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
+    return (groups / scale.unsqueeze(-1)).round_().clamp_(*CODE_RANGE[bits])
+
+
+def _error(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Return the squared error of each group, float32 (out, groups)."""
+    values = _codes(groups, scale, bits).mul_(scale.unsqueeze(-1))
+    return values.sub_(groups).square_().sum(-1)
+
+
+def _half(weight: Dense) -> Weight | str:
+    if weight.dtype == torch.float16:
+        return "in float16 already"
+    if (largest := weight.load().abs().max().item()) > torch.finfo(torch.float16).max:
+        return f"holds {largest:.3g}, beyond the range of float16"
+    return Dense(weight.shape, torch.float16, lambda: weight.load().to(torch.float16))

@@ -1,0 +1,78 @@
+"""A model as data: configuration, weights by name, and where its tokenizer is.
+
+Frozen: a pass returns a new Checkpoint that shares what it did not touch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, Protocol
+
+from slm_export.weights import Weight
+
+Role = Literal["embedding", "head", "table", "linear", "other"]
+"""embedding: the vocabulary's table. head: the output layer over the vocabulary. table: any other
+embedding (positions, segments). linear: a matrix that multiplies activations. other: norms, biases."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights under the parameter names of the transformers module, with what is known of them."""
+
+    folder: Path
+    name: str
+    architecture: str
+    """The transformers class: LlamaForCausalLM, BertModel, ..."""
+    task: str
+    """text-generation, sentence-embedding or text-classification."""
+    config: Any
+    """The transformers configuration object; treated as read-only."""
+    weights: Mapping[str, Weight]
+    roles: Mapping[str, Role]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    """Parameter that has no weight of its own -> the one it shares: lm_head.weight -> the embedding."""
+    transposed: frozenset[str] = frozenset()
+    """Weights that the module holds as (in, out); here they are (out, in), like all others."""
+    unused: Mapping[str, str] = field(default_factory=dict)
+    """Tensors of the files that the module has no place for, and why."""
+    history: tuple[str, ...] = ()
+    """Names of the passes that made this checkpoint, in order."""
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "roles", "tied", "unused"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def with_weights(self, changed: Mapping[str, Weight]) -> Checkpoint:
+        """Return this checkpoint with some weights replaced; every name must be known."""
+        assert changed.keys() <= self.weights.keys()
+        return replace(self, weights={**self.weights, **changed})
+
+    @property
+    def parameters(self) -> int:
+        """Number of values; a tied pair counts once."""
+        return sum(weight.count for weight in self.weights.values())
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weights in storage; a tied pair counts once."""
+        return sum(weight.bytes for weight in self.weights.values())
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass made. Every weight in its scope is changed, or skipped with a reason."""
+
+    checkpoint: Checkpoint
+    skipped: Mapping[str, str]
+
+
+class Pass(Protocol):
+    """One transformation of a checkpoint. Options are the fields of a frozen dataclass."""
+
+    name: ClassVar[str]
+
+    def run(self, checkpoint: Checkpoint) -> PassResult:
+        """Return the transformed checkpoint; InputError where the options do not fit the model."""

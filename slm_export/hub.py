@@ -1,0 +1,63 @@
+"""Where a MODEL argument leads: a folder, or a model on the Hugging Face hub.
+
+Only what an export reads is downloaded: configuration, safetensors, tokenizer. Nothing is executed.
+``HF_HUB_OFFLINE``, ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_TOKEN`` are honoured, as by every tool on that hub.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from slm_export.errors import InputError, MachineError
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*_Pooling/*", "*_Dense/*"]
+# Weights of other frameworks' folders, and demo inputs, are of no use here.
+_UNWANTED = ["onnx/*", "openvino/*", "original/*", "coreml/*"]
+
+
+def find_model(model: str, revision: str | None = None) -> Path:
+    """Return the folder of a model: the path itself, or the local copy of a hub repository.
+
+    Raises:
+        InputError: there is no such folder, and no such model on the hub; or a revision was given for a folder.
+        MachineError: the hub cannot be reached.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise InputError(f"--revision {revision} has no meaning for {model}, which is a folder")
+        return path
+    if path.exists():
+        raise InputError(f"{model}: a file; give the model's folder, the one with config.json")
+    if "/" not in model or not _HUB_NAME.fullmatch(model):
+        raise InputError(f"{model}: no such folder; give a model folder, or a hub name such as org/name")
+    return _download(model, revision)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import errors as hub
+
+    offline = constants.HF_HUB_OFFLINE
+    at = f" at revision {revision}" if revision else ""
+    try:
+        folder = snapshot_download(
+            model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, local_files_only=offline
+        )
+    except hub.GatedRepoError:
+        raise InputError(
+            f"{model}: access is gated; accept its terms on the hub, then log in with `hf auth login`"
+        ) from None
+    except hub.RevisionNotFoundError:
+        raise InputError(f"{model}: the hub has no revision '{revision}' of it") from None
+    except (hub.RepositoryNotFoundError, hub.HFValidationError):
+        raise InputError(f"{model}: no such folder here, and no such model on the hub (or it is private)") from None
+    except hub.LocalEntryNotFoundError as error:
+        why = "offline mode is on (HF_HUB_OFFLINE)" if offline else "the hub cannot be reached"
+        message = f"{model}: no such folder, not downloaded before{at}, and {why}"
+        raise (InputError if offline else MachineError)(message) from error
+    except OSError as error:
+        raise MachineError(f"{model}: no such folder here, and the hub fails: {error}") from error
+    return Path(folder)

@@ -1,0 +1,195 @@
+"""Checkpoint -> torch module, ready to run or to trace.
+
+    build_decoder     tokens (1, n), input_pos (1,)  ->  logits (1, vocabulary) of the last token, KV cache inside
+    build_encoder     input_ids (1, n), attention_mask (1, n)  ->  embedding (1, width) or scores (1, classes)
+    build_reference   the same model as transformers runs it, whole sequences, one weight in memory at a time
+
+The module is transformers' own, built empty, with the parts that a `Dialect` makes put in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slm_export.architecture import Architecture
+from slm_export.checkpoint import Checkpoint
+from slm_export.dialect import AttentionShape, Dialect, Position, ReferenceDialect
+from slm_export.errors import InputError
+from slm_export.load import architecture_of
+from slm_export.pooling import Pooling, additive_mask, read_pooling
+from slm_export.weights import Dense
+
+_CACHED = "slm_export_cached"
+"""Our attention's name among transformers' attention functions."""
+
+
+class Decoder(nn.Module):
+    """A causal language model with its KV cache: one call takes the next tokens, however many."""
+
+    def __init__(self, model: nn.Module, position: Position, context: int) -> None:
+        super().__init__()
+        self.model = model
+        self.position = position
+        self.context = context
+
+    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        """Return float32 (1, vocabulary), of int64 tokens (1, n) that begin at position input_pos (1,)."""
+        start: Any = input_pos[0].item()
+        torch._check(start >= 0)
+        torch._check(start < self.context)
+        self.position.start = start
+        positions = (input_pos[0] + torch.arange(tokens.shape[1])).unsqueeze(0)
+        output = self.model(
+            input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=1, return_dict=True
+        )
+        logits: Tensor = output.logits
+        return logits[:, -1, :]
+
+
+class Encoder(nn.Module):
+    """A bidirectional model and what is read from it."""
+
+    def __init__(self, model: nn.Module, pooling: Pooling | None) -> None:
+        super().__init__()
+        self.model = model
+        self.pooling = pooling
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return float32: embedding (batch, width), or scores (batch, classes).
+
+        Given   int64 ids and mask (batch, n), mask 1 for a token and 0 for padding
+        """
+        output = self.model(
+            input_ids=input_ids, attention_mask=additive_mask(attention_mask), return_dict=True
+        )
+        if self.pooling is None:
+            scores: Tensor = output.logits
+            return scores
+        return self.pooling(output.last_hidden_state, attention_mask)
+
+
+def build_decoder(checkpoint: Checkpoint, dialect: Dialect, context: int) -> Decoder:
+    """Return the decoder, with a KV cache for ``context`` positions made by ``dialect``."""
+    _register_attention()
+    architecture = architecture_of(checkpoint)
+    model = _filled(checkpoint, architecture, _CACHED, dialect)
+    decoder = Decoder(model, Position(), context)
+    _put_caches(decoder, dialect)
+    return decoder.eval()
+
+
+def build_encoder(checkpoint: Checkpoint, dialect: Dialect) -> Encoder:
+    """Return the encoder and the pooling or the scores that its task calls for."""
+    architecture = architecture_of(checkpoint)
+    pooling = read_pooling(checkpoint.folder) if checkpoint.task == "sentence-embedding" else None
+    return Encoder(_filled(checkpoint, architecture, "eager", dialect), pooling).eval()
+
+
+def build_reference(checkpoint: Checkpoint, *, quantize_activations: bool = False) -> nn.Module:
+    """Return the oracle: for a decoder transformers' own module, for an encoder an `Encoder`."""
+    dialect = ReferenceDialect(quantize_activations=quantize_activations)
+    if checkpoint.task != "text-generation":
+        return build_encoder(checkpoint, dialect)
+    return _filled(checkpoint, architecture_of(checkpoint), "sdpa", dialect)
+
+
+def _filled(checkpoint: Checkpoint, architecture: Architecture, attention: str, dialect: Dialect) -> nn.Module:
+    """Return the module with every weight in its place."""
+    module = architecture.empty_module(attention)
+    for path, child in list(module.named_modules()):
+        name = f"{path}.weight"
+        role = checkpoint.roles.get(checkpoint.tied.get(name, name), "other")
+        if role == "other" or not hasattr(child, "weight"):
+            continue
+        weight = checkpoint.weights[checkpoint.tied.get(name, name)]
+        if isinstance(child, nn.Embedding):
+            part = dialect.embedding(weight)
+        else:
+            bias = checkpoint.weights.get(checkpoint.tied.get(f"{path}.bias", f"{path}.bias"))
+            part = dialect.linear(weight, None if bias is None else bias.float32())
+        _copy_settings(child, part)
+        module.set_submodule(path, part)
+    _fill_the_rest(module, checkpoint)
+    return module
+
+
+def _copy_settings(old: nn.Module, new: nn.Module) -> None:
+    # Families scale embeddings in a subclass of nn.Embedding; such a part would lose its scale silently.
+    if isinstance(old, nn.Embedding) and type(old) is not nn.Embedding:
+        raise InputError(f"an embedding of class {type(old).__name__} cannot be exported yet")
+    new.eval()
+
+
+def _fill_the_rest(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load what no dialect made: norms, biases, single vectors."""
+    for path, child in module.named_modules():
+        for key, _ in list(child.named_parameters(recurse=False)):
+            name = f"{path}.{key}" if path else key
+            weight = checkpoint.weights.get(name)
+            if isinstance(weight, Dense):
+                child.register_parameter(key, nn.Parameter(weight.float32().clone(), requires_grad=False))
+    if left := [name for name, value in module.named_parameters() if value.is_meta]:
+        raise AssertionError(f"{type(module).__name__}: parameters without a value: {left[:3]}")
+
+
+def _register_attention() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(_CACHED, _attend)
+    AttentionMaskInterface.register(_CACHED, lambda *args, **kwargs: None)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend as the part does that `_put_caches` gave this layer; without one yet, report what it needs."""
+    part: nn.Module | None = getattr(module, "cached_attention", None)
+    if part is not None:
+        return part(query, key, value), None
+    report: Callable[..., None] = module.report_attention  # type: ignore[assignment]
+    report(module, key, scaling or query.shape[-1] ** -0.5, options)
+    return query.transpose(1, 2), None
+
+
+def _put_caches(decoder: Decoder, dialect: Dialect) -> None:
+    """Give every attention layer its cache.
+
+    What a layer needs (key-value heads, their width, a window) is seen by running the model once on fake
+    tensors, so nothing has to be known about the family's configuration keys.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    shapes: dict[nn.Module, AttentionShape] = {}
+
+    def report(layer: nn.Module, key: Tensor, scaling: float, options: dict[str, Any]) -> None:
+        shapes[layer] = AttentionShape(
+            kv_heads=int(key.shape[1]),
+            head_dim=int(key.shape[3]),
+            context=decoder.context,
+            scaling=float(scaling),
+            window=options.get("sliding_window"),
+            softcap=options.get("softcap"),
+        )
+
+    layers = [module for module in decoder.model.modules() if hasattr(module, "layer_idx")]
+    for layer in layers:
+        layer.report_attention = report  # type: ignore[assignment]
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        tokens = torch.zeros(1, 2, dtype=torch.int64)
+        decoder.model(input_ids=tokens, position_ids=torch.arange(2).unsqueeze(0), use_cache=False)
+    for layer in layers:
+        del layer.report_attention
+    if not shapes:
+        raise InputError(f"{type(decoder.model).__name__} does not attend through transformers' AttentionInterface")
+    for layer, shape in shapes.items():
+        layer.cached_attention = dialect.cached_attention(shape, decoder.position)

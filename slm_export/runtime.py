@@ -1,0 +1,98 @@
+"""What the driver asks of an exporter, of an open artifact and of a target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from slm_export.checkpoint import Checkpoint
+from slm_export.results import Artifact, Latency
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What an artifact is built for, beside its weights."""
+
+    context: int
+    """Decoder: tokens that the KV cache holds. Encoder: longest input."""
+    stop_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+
+
+@runtime_checkable
+class DecoderSession(Protocol):
+    """A decoder open in its vendor's runtime; it remembers what it has seen through its KV cache."""
+
+    context: int
+    prefill_chunk: int
+    """The most tokens that one call takes."""
+
+    def logits(self, tokens: Sequence[int], start: int) -> Tensor:
+        """Feed tokens at position ``start``; return float32 (vocabulary,) after the last of them."""
+
+    def metadata(self) -> Mapping[str, Any]:
+        """What the file says of itself: stop tokens, context, vocabulary size."""
+
+    def close(self) -> None:
+        """Let go of the file and of its memory."""
+
+
+@runtime_checkable
+class EncoderSession(Protocol):
+    """An encoder open in its vendor's runtime."""
+
+    context: int
+
+    def outputs(self, tokens: Sequence[int], mask: Sequence[int]) -> Tensor:
+        """Return float32 (width,): an embedding, or class scores."""
+
+    def metadata(self) -> Mapping[str, Any]:
+        """What the file says of itself."""
+
+    def close(self) -> None:
+        """Let go of the file and of its memory."""
+
+
+Session = DecoderSession | EncoderSession
+
+
+class Exporter(Protocol):
+    """Writes one format, and opens it again in its own runtime."""
+
+    name: ClassVar[str]
+    file: ClassVar[str]
+    """Where the artifact is in a bundle: executorch/model.pte."""
+
+    def ready(self) -> None:
+        """Raise MissingComponentError unless everything that this exporter needs is installed."""
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise InputError where this checkpoint cannot be written in this format."""
+
+    def write(self, checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Artifact:
+        """Write the artifact to ``path``."""
+
+    def open(self, path: Path, task: str) -> Session:
+        """Open an artifact in the vendor's runtime."""
+
+    def generate(self, path: Path, tokenizer: Path, prompt: str, tokens: int) -> str | None:
+        """Return greedy text of the vendor's own generation loop, as an app would run it; None without one."""
+
+
+class Target(Protocol):
+    """Where artifacts go: what its app needs on disk, and how speed is measured there."""
+
+    name: ClassVar[str]
+
+    def ready(self) -> None:
+        """Raise MissingComponentError unless everything that this target needs is installed."""
+
+    def bundle(self, checkpoint: Checkpoint, folder: Path) -> None:
+        """Put beside the artifacts what an app on this target needs: the tokenizer's files."""
+
+    def benchmark(self, path: Path, format: str, task: str, advance: Callable[[str], None]) -> Latency:
+        """Measure an artifact as near to this target as this machine can."""

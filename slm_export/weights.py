@@ -1,0 +1,118 @@
+"""Weights, and the one integer grid that every format shares.
+
+    Dense       a matrix, vector or table of floats, read when asked for
+    Quantized   signed integer codes with one scale per group of columns
+
+The grid, which every back end can represent bit for bit:
+
+    int4   symmetric, codes -8..7, zero point 0, groups of 32, 64, 128 or 256 along the input dimension
+    int8   symmetric, codes -127..127, one scale per output channel (row)
+    scale  a bfloat16 value of at least 2^-17, so exact in bfloat16, float16 and float32, and never 0:
+           an all-zero group (a pad token's row, a pruned neuron) still has a valid scale
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GROUPS = (32, 64, 128, 256)
+SMALLEST_SCALE = 2.0**-17
+CODE_RANGE = {4: (-8, 7), 8: (-127, 127)}
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Floats that stay on disk until ``load`` is called; nothing here keeps what it returned."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+    """Returns the tensor, of this shape and dtype, read-only by agreement."""
+
+    @property
+    def bytes(self) -> int:
+        """Size in storage."""
+        return self.count * self.dtype.itemsize
+
+    @property
+    def count(self) -> int:
+        """Number of values."""
+        return torch.Size(self.shape).numel()
+
+    def float32(self) -> Tensor:
+        """Return the values as float32."""
+        return self.load().to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix on the integer grid: value = code * scale of its group."""
+
+    shape: tuple[int, int]
+    bits: int
+    packed: Tensor
+    """int8: the codes, int8 (out, in). int4: two per byte, uint8 (out, in / 2), even column in the low nibble."""
+    scales: Tensor
+    """float32 (out, groups), each a bfloat16 value of at least 2^-17."""
+
+    def __post_init__(self) -> None:
+        rows, columns = self.shape
+        assert self.bits in CODE_RANGE
+        assert self.packed.shape == (rows, columns * self.bits // 8), self.packed.shape
+        assert self.scales.shape[0] == rows and columns % self.scales.shape[1] == 0, self.scales.shape
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale; all of them at 8 bits."""
+        return self.shape[1] // self.scales.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        """Size in storage: the codes, and two bytes per scale."""
+        return self.packed.numel() + 2 * self.scales.numel()
+
+    @property
+    def count(self) -> int:
+        """Number of values."""
+        return self.shape[0] * self.shape[1]
+
+    def codes(self) -> Tensor:
+        """Return the codes, int8 (out, in)."""
+        return self.packed if self.bits == 8 else unpack_int4(self.packed)
+
+    def float32(self) -> Tensor:
+        """Return code * scale, float32 (out, in)."""
+        rows, columns = self.shape
+        codes = self.codes().to(torch.float32).view(rows, -1, self.group)
+        return (codes * self.scales.unsqueeze(-1)).view(rows, columns)
+
+
+Weight = Dense | Quantized
+
+
+def grid_scale(scale: Tensor) -> Tensor:
+    """Return the nearest scales on the grid, float32."""
+    return scale.to(torch.bfloat16).to(torch.float32).clamp_min(SMALLEST_SCALE)
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Pack codes -8..7, int8 (out, in), into uint8 (out, in / 2), even column in the low nibble."""
+    nibbles = (codes & 0xF).view(torch.uint8)
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """Undo `pack_int4`: int8 (out, in)."""
+    # An arithmetic shift of the signed byte extends the sign of the high nibble.
+    signed = packed.view(torch.int8)
+    return torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).view(packed.shape[0], -1)
+
+
+def quantized(codes: Tensor, scales: Tensor, bits: int) -> Quantized:
+    """Return codes int8 (out, in) and grid scales float32 (out, groups) as a weight."""
+    shape = (codes.shape[0], codes.shape[1])
+    return Quantized(shape, bits, codes if bits == 8 else pack_int4(codes), scales)
