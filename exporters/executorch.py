@@ -75,11 +75,17 @@ class ExecuTorchExporter:
 
         return open_session(path, task)
 
-    def generate(self, path: Path, tokenizer: Path, prompt: str, tokens: int) -> str | None:
+    def set_threads(self, count: int) -> None:
+        """Let XNNPACK and the custom kernels use ``count`` threads in this process."""
+        from executorch.extension.pybindings import portable_lib
+
+        portable_lib._unsafe_reset_threadpool(count)
+
+    def generate(self, path: Path, tokenizer: Path, prompt: str, tokens: int, bos: int) -> str:
         """Return greedy text of the Python binding of ``TextLLMRunner``, which is what phones run."""
         from slm_export.exporters.executorch_session import run_text_llm_runner
 
-        return run_text_llm_runner(path, tokenizer, prompt, tokens)
+        return run_text_llm_runner(path, tokenizer, prompt, tokens, bos)
 
 
 def _trace_decoder(checkpoint: Checkpoint, options: ExportOptions) -> ExportedProgram:

@@ -1,9 +1,9 @@
 """The parts of a model in ExecuTorch's own operators, in the forms that its XNNPACK partitioner recognises.
 
-    linear      int4 or int8 codes and scales, activations quantized to int8 per token when they arrive
-    embedding   ``quantized_decomposed.embedding_4bit`` and ``embedding_byte``
-    attention   ``llama.update_cache`` and ``llama.custom_sdpa``, the kernels of the stock LLM runners
-    norms       the mean as a product with a constant row, so that XNNPACK takes the whole norm
+linear      int4 or int8 codes and scales, activations quantized to int8 per token when they arrive
+embedding   ``quantized_decomposed.embedding_4bit`` and ``embedding_byte``
+attention   ``llama.update_cache`` and ``llama.custom_sdpa``, the kernels of the stock LLM runners
+norms       the mean as a product with a constant row, so that XNNPACK takes the whole norm
 """
 
 from __future__ import annotations

@@ -86,13 +86,16 @@ def _plain(values: Sequence[Any]) -> Any:
     return items[0] if len(items) == 1 else items
 
 
-def run_text_llm_runner(path: Path, tokenizer: Path, prompt: str, tokens: int) -> str:
-    """Return ``tokens`` greedy tokens as text, from ExecuTorch's own generation loop."""
+def run_text_llm_runner(path: Path, tokenizer: Path, prompt: str, tokens: int, bos: int) -> str:
+    """Return ``tokens`` greedy tokens as text, from ExecuTorch's own generation loop.
+
+    ``bos``: how many opening tokens the runner is to put before the prompt.
+    """
     load_operators()
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
     parts: list[str] = []
     runner = TextLLMRunner(str(path), str(tokenizer))
-    config = GenerationConfig(temperature=0.0, echo=False, max_new_tokens=tokens)
+    config = GenerationConfig(temperature=0.0, echo=False, max_new_tokens=tokens, num_bos=bos)
     runner.generate(prompt, config, parts.append)
     return "".join(parts)

@@ -145,9 +145,7 @@ def _search(groups: Tensor, largest: Tensor, best: Tensor, bits: int) -> Tensor:
     return best
 
 
-def _better(
-    groups: Tensor, scale: Tensor, best: Tensor, error: Tensor, bits: int
-) -> tuple[Tensor, Tensor]:
+def _better(groups: Tensor, scale: Tensor, best: Tensor, error: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     tried = _error(groups, scale, bits)
     return torch.where(tried < error, scale, best), torch.minimum(tried, error)
 

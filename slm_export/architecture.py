@@ -116,7 +116,9 @@ def _class_of(path: Path, raw: Mapping[str, Any]) -> Any:
 
     names = raw.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        raise InputError(f"{path}: 'architectures' is missing; name the model's class, [\"LlamaForCausalLM\"]")
+        raise InputError(
+            f"{path}: 'architectures' is missing; name the model's class, [\"LlamaForCausalLM\"]"
+        )
     cls = getattr(transformers, names[0], None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         if raw.get("auto_map"):

@@ -44,7 +44,11 @@ def _download(model: str, revision: str | None) -> Path:
     at = f" at revision {revision}" if revision else ""
     try:
         folder = snapshot_download(
-            model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, local_files_only=offline
+            model,
+            revision=revision,
+            allow_patterns=_WANTED,
+            ignore_patterns=_UNWANTED,
+            local_files_only=offline,
         )
     except hub.GatedRepoError:
         raise InputError(
@@ -53,7 +57,9 @@ def _download(model: str, revision: str | None) -> Path:
     except hub.RevisionNotFoundError:
         raise InputError(f"{model}: the hub has no revision '{revision}' of it") from None
     except (hub.RepositoryNotFoundError, hub.HFValidationError):
-        raise InputError(f"{model}: no such folder here, and no such model on the hub (or it is private)") from None
+        raise InputError(
+            f"{model}: no such folder here, and no such model on the hub (or it is private)"
+        ) from None
     except hub.LocalEntryNotFoundError as error:
         why = "offline mode is on (HF_HUB_OFFLINE)" if offline else "the hub cannot be reached"
         message = f"{model}: no such folder, not downloaded before{at}, and {why}"

@@ -50,7 +50,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         architecture=architecture.name,
         task=architecture.task,
         config=architecture.config,
-        weights={name: _oriented(weights[name], name in transposed) for name in parameters if name in weights},
+        weights={
+            name: _oriented(weights[name], name in transposed) for name in parameters if name in weights
+        },
         roles=_roles(module, tied),
         tied=tied,
         transposed=transposed,

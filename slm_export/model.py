@@ -97,7 +97,9 @@ def build_reference(checkpoint: Checkpoint, *, quantize_activations: bool = Fals
     return _filled(checkpoint, architecture_of(checkpoint), "sdpa", dialect)
 
 
-def _filled(checkpoint: Checkpoint, architecture: Architecture, attention: str, dialect: Dialect) -> nn.Module:
+def _filled(
+    checkpoint: Checkpoint, architecture: Architecture, attention: str, dialect: Dialect
+) -> nn.Module:
     """Return the module with every weight in its place."""
     module = architecture.empty_module(attention)
     for path, child in list(module.named_modules()):
@@ -190,6 +192,8 @@ def _put_caches(decoder: Decoder, dialect: Dialect) -> None:
     for layer in layers:
         del layer.report_attention
     if not shapes:
-        raise InputError(f"{type(decoder.model).__name__} does not attend through transformers' AttentionInterface")
+        raise InputError(
+            f"{type(decoder.model).__name__} does not attend through transformers' AttentionInterface"
+        )
     for layer, shape in shapes.items():
         layer.cached_attention = dialect.cached_attention(shape, decoder.position)

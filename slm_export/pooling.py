@@ -75,13 +75,17 @@ def _mode(path: Path) -> str:
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a JSON object")
     stated = config.get("pooling_mode")
-    chosen = [stated] if isinstance(stated, str) else [
-        key for key, value in config.items() if key.startswith("pooling_mode_") and value
-    ]
+    chosen = (
+        [stated]
+        if isinstance(stated, str)
+        else [key for key, value in config.items() if key.startswith("pooling_mode_") and value]
+    )
     names = [_MODES.get(key, key) for key in chosen]
     if len(names) != 1 or names[0] not in _MODES.values():
         known = ", ".join(_MODES.values())
-        raise InputError(f"{path}: pooling {' + '.join(names) or 'of no kind'} cannot be exported; known: {known}")
+        raise InputError(
+            f"{path}: pooling {' + '.join(names) or 'of no kind'} cannot be exported; known: {known}"
+        )
     return names[0]
 
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -77,8 +78,8 @@ class StderrConsole(Console):
     rich would end the process with exit code 1 instead, and point stdout at /dev/null before that.
     """
 
-    def __init__(self) -> None:
-        super().__init__(stderr=True)
+    def __init__(self, file: TextIO | None = None) -> None:
+        super().__init__(stderr=True, file=file)
 
     def on_broken_pipe(self) -> None:
         """Raise, so that the caller can go on without a display."""

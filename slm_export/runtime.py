@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.results import Artifact, Latency
+from slm_export.tokenizer import SourceTokenizer
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,11 @@ class Exporter(Protocol):
     def open(self, path: Path, task: str) -> Session:
         """Open an artifact in the vendor's runtime."""
 
-    def generate(self, path: Path, tokenizer: Path, prompt: str, tokens: int) -> str | None:
-        """Return greedy text of the vendor's own generation loop, as an app would run it; None without one."""
+    def set_threads(self, count: int) -> None:
+        """Let the runtime use ``count`` threads in this process; before anything is opened."""
+
+    def generate(self, path: Path, tokenizer: Path, prompt: str, tokens: int, bos: int) -> str:
+        """Return greedy text of the vendor's own generation loop, as an app would run it."""
 
 
 class Target(Protocol):
@@ -91,8 +95,8 @@ class Target(Protocol):
     def ready(self) -> None:
         """Raise MissingComponentError unless everything that this target needs is installed."""
 
-    def bundle(self, checkpoint: Checkpoint, folder: Path) -> None:
+    def bundle(self, tokenizer: SourceTokenizer, folder: Path) -> None:
         """Put beside the artifacts what an app on this target needs: the tokenizer's files."""
 
-    def benchmark(self, path: Path, format: str, task: str, advance: Callable[[str], None]) -> Latency:
+    def benchmark(self, path: Path, format: str, task: str) -> Latency:
         """Measure an artifact as near to this target as this machine can."""

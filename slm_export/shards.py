@@ -100,7 +100,9 @@ def _refuse_gaps(folder: Path, files: list[Path]) -> None:
     matches = [_NUMBERED.fullmatch(file.name) for file in files]
     if len(files) > 1 and not all(matches):
         names = _few([file.name for file in files])
-        raise InputError(f"{folder}: several weight files and no {INDEX}: {names}; keep one model in a folder")
+        raise InputError(
+            f"{folder}: several weight files and no {INDEX}: {names}; keep one model in a folder"
+        )
     for match in matches:
         if match and len(files) != int(match[3]):
             raise InputError(
@@ -118,7 +120,9 @@ def _why_none(folder: Path) -> str:
         )
     for pattern, kind in _OTHERS.items():
         if found := sorted(folder.glob(pattern)):
-            return f"{folder}: {found[0].name} is a {kind} file; give the Hugging Face folder it was made from"
+            return (
+                f"{folder}: {found[0].name} is a {kind} file; give the Hugging Face folder it was made from"
+            )
     return f"{folder}: no weights; expected {_SINGLE}, or shards and {INDEX}"
 
 

@@ -1,0 +1,212 @@
+"""The commands. No logic: options in, a request out, an exit code."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from slm_export import __version__
+from slm_export.errors import InputError, SlmExportError
+
+if TYPE_CHECKING:
+    from slm_export.compilation import Request
+
+INTERRUPTED = 130
+_BITS = click.Choice(["4", "8", "16", "32"])
+_JSON = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else."
+)
+
+
+class _DefaultCommand(click.Group):
+    """``slm-export MODEL --target android`` means ``slm-export export MODEL --target android``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        own = {"--help", "-h", "--version"}
+        if args and args[0] not in self.commands and args[0] not in own:
+            self._refuse_misspelling(args)
+            args = ["export", *args]
+        return super().parse_args(ctx, args)
+
+    def _refuse_misspelling(self, args: list[str]) -> None:
+        near = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.75)
+        if near and not os.path.exists(args[0]):
+            raise click.UsageError(f"unknown command '{args[0]}'; did you mean '{near[0]}'?")
+
+
+@click.group(
+    cls=_DefaultCommand,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="`slm-export MODEL --target android` is short for `slm-export export MODEL --target android`. "
+    "Exit codes: 0 done, 1 a gate failed, 2 wrong input, 3 a component is missing, 4 the machine failed, "
+    "130 interrupted.",
+)
+@click.version_option(__version__, prog_name="slm-export")
+def cli() -> None:
+    """Compile a trained small language model into verified mobile artifacts."""
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("--target", help="Where it will run: android, linux or host.")
+@click.option("--device", help="A device profile by name (see `slm-export devices`), or your own FILE.toml.")
+@click.option(
+    "--format", "formats", multiple=True, help="Format to write; may be repeated. [default: the device's]"
+)
+@click.option("--bits", type=_BITS, help="Bits of the linear layers' weights. [default: the device's recipe]")
+@click.option(
+    "--group-size", type=click.Choice(["32", "64", "128", "256"]), help="Weights per scale, at 4 bits."
+)
+@click.option("--embedding-bits", type=_BITS, help="Bits of the embedding, and of a head that is tied to it.")
+@click.option(
+    "--head-bits", type=_BITS, help="Bits of an output head of its own. [default: as the embedding]"
+)
+@click.option("--context", type=click.IntRange(min=1), help="Tokens that the KV cache holds.")
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option(
+    "--eval-text", type=click.Path(path_type=Path), help="Held-out text to judge by. [default: a sample]"
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write. [default: MODEL-TARGET]")
+@click.option("--force", is_flag=True, help="Replace an existing bundle, once the new one is complete.")
+@click.option("--no-verify", is_flag=True, help="Skip the comparison with the source model.")
+@click.option("--no-bench", is_flag=True, help="Skip the measurement of speed.")
+@_JSON
+def export(as_json: bool, **options: Any) -> None:
+    """Quantize MODEL for a device, write it, prove it, and leave a bundle that an app can ship.
+
+    MODEL is a Hugging Face model folder, or the name of a model on the hub. Without it, slm-export.toml in the
+    current folder names model, target, device, formats and gates.
+    """
+    from slm_export.commands import export_command
+
+    export_command(_request(options), as_json)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="Text to continue, to answer, or to embed.")
+@click.option("--format", "format", help="Which artifact of the bundle. [default: the first]")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy."
+)
+@click.option("--top-p", type=click.FloatRange(min=0, max=1), default=1.0, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--no-stream", is_flag=True, help="Print the text at once, when it is complete.")
+@click.option("--no-chat-template", is_flag=True, help="Give the prompt to the model as it is.")
+@_JSON
+def run(bundle: Path, **options: Any) -> None:
+    """Run a BUNDLE in its own runtime: stream text, or print an embedding or a label."""
+    from slm_export.commands import run_command
+
+    run_command(bundle, **options)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--source", metavar="MODEL", help="The model it was made from: repeats the whole gate.")
+@click.option(
+    "--eval-text", type=click.Path(path_type=Path), help="Held-out text to judge by. [default: a sample]"
+)
+@_JSON
+def verify(bundle: Path, source: str | None, eval_text: Path | None, as_json: bool) -> None:
+    """Check a BUNDLE again: its files, its metadata, and with --source its fidelity."""
+    from slm_export.commands import verify_command
+
+    verify_command(bundle, source, eval_text, as_json)
+
+
+@cli.command()
+@click.argument("name", required=False)
+@_JSON
+def devices(name: str | None, as_json: bool) -> None:
+    """List the device profiles, or show the one called NAME (or in FILE.toml)."""
+    from slm_export.commands import devices_command
+
+    devices_command(name, as_json)
+
+
+def _request(options: dict[str, Any]) -> Request:
+    """Return the request of a command line, what it leaves open filled from slm-export.toml."""
+    from slm_export.compilation import Request
+    from slm_export.recipe import QuantizationOptions
+    from slm_export.settings import load_settings
+
+    def number(name: str) -> int | None:
+        return None if options[name] is None else int(options[name])
+
+    request = Request(
+        model=options["model"],
+        revision=options["revision"],
+        target=options["target"],
+        device=options["device"],
+        formats=options["formats"] or None,
+        quantization=QuantizationOptions(
+            number("bits"), number("group_size"), number("embedding_bits"), number("head_bits")
+        ),
+        context=options["context"],
+        out=options["out"],
+        eval_text=options["eval_text"],
+        force=options["force"],
+        verify=not options["no_verify"],
+        bench=not options["no_bench"],
+    )
+    settings = load_settings(Path.cwd())
+    return request if settings is None else request.over(settings)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with the code of the contract."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    as_json = "--json" in sys.argv[1:]
+    try:
+        cli.main(standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        _leave(InputError.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code, as_json)
+    except SlmExportError as error:
+        _fail(str(error), error.exit_code, as_json, getattr(error, "report", None))
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; nothing was left behind", INTERRUPTED, as_json)
+    except BrokenPipeError:
+        # Whoever read our output has left, as `head` does.
+        _leave(0)
+    except (MemoryError, OSError) as error:
+        _fail(f"the machine failed: {error or 'out of memory'}", 4, as_json)
+    _leave(0)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int, as_json: bool, report: Any = None) -> NoReturn:
+    click.echo(f"error: {message}", err=True)
+    if as_json:
+        document: dict[str, Any] = {"error": {"message": message, "exit_code": code}}
+        if report is not None:
+            from slm_export.report import to_json
+
+            document["report"] = to_json(report)
+        click.echo(json.dumps(document, ensure_ascii=False))
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit; a stdout that nobody reads any more must not turn that into a traceback."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(code)

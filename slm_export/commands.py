@@ -1,0 +1,154 @@
+"""What each command does, and how its outcome is shown. Imported only once a command is known to run."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from slm_export.compilation import Request, make_plan
+from slm_export.errors import GateError, InputError
+from slm_export.native_log import kept_from_terminal
+from slm_export.profile import load_profile, shipped_profiles
+from slm_export.progress import Progress, StderrConsole
+from slm_export.words import figure, limit, printable
+
+
+def export_command(request: Request, as_json: bool) -> None:
+    """Export, then print the report."""
+    from slm_export.report import print_report, to_json
+
+    with _working() as progress:
+        from slm_export.driver import export
+
+        report, out = export(make_plan(request), progress)
+    shown = _as_typed(out)
+    if as_json:
+        _print_json({**to_json(report), "out": str(out)})
+    else:
+        print_report(_stdout(), report, shown)
+
+
+def verify_command(folder: Path, source: str | None, eval_text: Path | None, as_json: bool) -> None:
+    """Verify a bundle, then print every check; GateError where one failed."""
+    with _working() as progress:
+        from slm_export.opened import to_json, verify
+
+        found = verify(folder, source, eval_text, progress)
+    if as_json:
+        _print_json(to_json(found))
+    else:
+        console = _stdout()
+        for name, group in found.checks.items():
+            for check in group:
+                verdict = Text("pass", "green") if check.passed else Text("FAIL", "bold red")
+                value = "" if check.value is None else f" {figure(check.value)} {limit(check)}".rstrip()
+                console.print(verdict, Text(printable(f"{name}: {check.name}{value}")))
+                if not check.passed or not value:
+                    console.print(Text(printable(f"     {check.detail}"), "dim"))
+        for note in found.notes:
+            console.print(Text(f"note {printable(note)}", "yellow"))
+    failed = [check.name for group in found.checks.values() for check in group if not check.passed]
+    if failed and not as_json:
+        raise GateError(f"{folder}: {', '.join(failed)} failed")
+    if failed:
+        sys.exit(GateError.exit_code)
+
+
+def run_command(
+    folder: Path,
+    prompt: str,
+    format: str | None,
+    temperature: float,
+    top_p: float,
+    max_tokens: int,
+    seed: int,
+    no_stream: bool,
+    no_chat_template: bool,
+    as_json: bool,
+) -> None:
+    """Run a bundle on a prompt."""
+    with kept_from_terminal():
+        from slm_export.generation import Sampling
+        from slm_export.opened import open_bundle
+
+        opened = open_bundle(folder, format)
+        if opened.manifest.model.task != "text-generation":
+            _print_outputs(opened.manifest.runtime, opened.outputs(prompt), as_json)
+            return
+        pieces = opened.text(
+            prompt, max_tokens, Sampling(temperature, top_p, seed), chat=not no_chat_template
+        )
+        if as_json:
+            _print_json({"prompt": prompt, "text": "".join(pieces)})
+        elif no_stream:
+            print("".join(pieces))
+        else:
+            for piece in pieces:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            print()
+
+
+def devices_command(name: str | None, as_json: bool) -> None:
+    """List the profiles, or show one."""
+    from slm_export.profile_view import print_profile, print_profiles
+
+    profiles = (load_profile(name),) if name else shipped_profiles()
+    if as_json:
+        shown = [profile.model_dump(mode="json", by_alias=True, exclude_none=True) for profile in profiles]
+        _print_json(shown[0] if name else shown)
+    elif name:
+        print_profile(_stdout(), profiles[0])
+    else:
+        print_profiles(_stdout(), profiles)
+
+
+def _print_outputs(runtime: dict[str, Any], values: list[float], as_json: bool) -> None:
+    labels = runtime.get("labels")
+    if labels is None:
+        if as_json:
+            _print_json({"embedding": values})
+        else:
+            print(" ".join(f"{value:.6g}" for value in values))
+        return
+    if len(labels) != len(values):
+        raise InputError(f"the manifest names {len(labels)} labels, but the model gives {len(values)} scores")
+    best = labels[values.index(max(values))]
+    if as_json:
+        _print_json({"label": best, "scores": dict(zip(labels, values, strict=True))})
+    else:
+        print(best)
+
+
+@contextmanager
+def _working() -> Iterator[Progress]:
+    """Show progress on the real stderr, and keep the compilers' own words away from it."""
+    # Set before transformers is imported: neither notes on other frameworks nor network calls are wanted.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with kept_from_terminal() as stderr:
+        yield Progress(StderrConsole(stderr))
+
+
+def _stdout() -> Console:
+    return Console(soft_wrap=False, highlight=False)
+
+
+def _print_json(document: object) -> None:
+    print(json.dumps(document, ensure_ascii=False, indent=2))
+
+
+def _as_typed(out: Path) -> Path:
+    """Return the bundle's folder as a person here would type it."""
+    try:
+        return out.relative_to(Path.cwd())
+    except ValueError:
+        return out

@@ -1,0 +1,139 @@
+"""What to compile, for what, and how: a request, checked as far as can be without reading the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from slm_export.checkpoint import Checkpoint
+from slm_export.errors import InputError
+from slm_export.gates import Gates
+from slm_export.profile import DeviceProfile, default_profile, load_profile
+from slm_export.recipe import QuantizationOptions, Recipe, build_recipe
+from slm_export.registry import exporter, target
+from slm_export.runtime import Exporter, Target
+from slm_export.settings import FILE_NAME, Settings
+
+DEFAULT_CONTEXT = 2048
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for; None where it says nothing."""
+
+    model: str | None = None
+    revision: str | None = None
+    target: str | None = None
+    device: str | None = None
+    formats: tuple[str, ...] | None = None
+    quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
+    context: int | None = None
+    out: Path | None = None
+    eval_text: Path | None = None
+    gates: Gates = field(default_factory=Gates)
+    force: bool = False
+    verify: bool = True
+    bench: bool = True
+
+    def over(self, settings: Settings) -> Request:
+        """Return this request with what it leaves open taken from slm-export.toml."""
+        ours, theirs = self.quantization, settings
+        return replace(
+            self,
+            model=self.model or settings.model,
+            # A revision belongs to the model that it was written beside.
+            revision=self.revision or (None if self.model else settings.revision),
+            target=self.target or settings.target,
+            device=self.device or _device_for(self.target, settings),
+            formats=self.formats or settings.formats,
+            quantization=QuantizationOptions(
+                bits=ours.bits or theirs.bits,
+                group_size=ours.group_size or theirs.group_size,
+                embedding_bits=ours.embedding_bits or theirs.embedding_bits,
+                head_bits=ours.head_bits or theirs.head_bits,
+            ),
+            context=self.context or settings.context,
+            out=self.out or settings.out,
+            eval_text=self.eval_text or settings.eval_text,
+            gates=self.gates.over(settings.gates),
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request with everything looked up that does not need the model."""
+
+    request: Request
+    model: str
+    profile: DeviceProfile
+    recipe: Recipe
+    exporters: tuple[Exporter, ...]
+    target: Target
+    notes: tuple[str, ...]
+
+
+def make_plan(request: Request) -> Plan:
+    """Look up device, recipe, formats and target, and see that everything they need is installed.
+
+    Raises:
+        InputError: something is unknown, missing or contradictory.
+        MissingComponentError: a package is not installed.
+    """
+    if request.model is None:
+        raise InputError(f"no model: give a model folder, or name one in {FILE_NAME} in the current folder")
+    if request.target is None and request.device is None:
+        raise InputError("no target: give --target android (or linux, host), or a --device")
+    profile = load_profile(request.device) if request.device else default_profile(str(request.target))
+    if request.target not in (None, profile.target):
+        raise InputError(
+            f"device {profile.name} belongs to target {profile.target}, not {request.target}; "
+            "leave out --target, or choose another --device (`slm-export devices` lists them)"
+        )
+    made_target = target(profile.target)
+    formats = request.formats or (profile.default_format,)
+    for name in formats:
+        if name not in profile.formats:
+            raise InputError(
+                f"device {profile.name} does not run format {name}; it runs {', '.join(profile.formats)}"
+            )
+    exporters = tuple(exporter(name) for name in formats)
+    where = (
+        request.device if request.device and request.device.endswith(".toml") else f"device {profile.name}"
+    )
+    recipe = build_recipe(profile.recipe, request.quantization, where)
+    made_target.ready()
+    for made in exporters:
+        made.ready()
+    notes = []
+    if not request.verify:
+        notes.append("fidelity was not verified, and no gate on it judged (--no-verify)")
+    if not request.bench:
+        notes.append("speed was not measured, and no gate on it judged (--no-bench)")
+    return Plan(request, request.model, profile, recipe, exporters, made_target, tuple(notes))
+
+
+def context_for(plan: Plan, checkpoint: Checkpoint) -> int:
+    """Return the tokens that the artifact has room for.
+
+    Raises:
+        InputError: more were asked for than the model has positions.
+    """
+    config: Any = checkpoint.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    asked = plan.request.context
+    if asked is not None and most is not None and asked > most:
+        raise InputError(f"context {asked} is longer than the {most} positions of {checkpoint.name}")
+    if asked is not None:
+        return asked
+    if checkpoint.task != "text-generation":
+        return int(most or DEFAULT_CONTEXT)
+    wanted = plan.profile.context or DEFAULT_CONTEXT
+    return min(wanted, int(most)) if most else wanted
+
+
+def _device_for(target_name: str | None, settings: Settings) -> str | None:
+    """The settings' device counts only for the target it is of: ``--target linux`` asks for another."""
+    if target_name is None or settings.device is None or target_name == settings.target:
+        return settings.device
+    return settings.device if load_profile(settings.device).target == target_name else None

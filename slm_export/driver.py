@@ -1,0 +1,212 @@
+"""The whole compile: read, quantize, write, open again, compare, measure, keep or refuse."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from slm_export import __version__, bundle, fidelity
+from slm_export.checkpoint import Checkpoint
+from slm_export.compilation import Plan, context_for
+from slm_export.errors import GateError
+from slm_export.evaltext import load_documents
+from slm_export.fidelity.judging import checks_of
+from slm_export.gates import Gates
+from slm_export.hub import find_model
+from slm_export.judge import judge_artifact
+from slm_export.load import check_values, load_checkpoint
+from slm_export.progress import Progress
+from slm_export.provenance import facts_of, refuse_large_vocabulary, runtime_facts
+from slm_export.recipe import lowest_bits, options_of, relative_error, unaccounted
+from slm_export.results import Artifact, Check, FormatResult, PassRow, Report
+from slm_export.runtime import Exporter, ExportOptions
+from slm_export.tokenizer import SourceTokenizer
+
+_TOOLS = ("torch", "transformers", "tokenizers", "safetensors", "executorch")
+
+
+class FailedGateError(GateError):
+    """A gate failed; ``report`` is what was measured."""
+
+    def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
+    """Compile a model for a device, prove it, and put the bundle in its place.
+
+    Returns the report and the bundle's folder. Nothing is left behind unless every gate passed.
+
+    Raises:
+        SlmExportError: whatever a user can cause or mend.
+    """
+    began = time.monotonic()
+    folder = find_model(plan.model, plan.request.revision)
+    documents = load_documents(plan.request.eval_text)
+    out = plan.request.out or Path(f"{folder.resolve().name}-{plan.profile.target}")
+    with bundle.staged(out, plan.request.force) as staging:
+        source, tokenizer = _read(plan, folder, progress)
+        options = ExportOptions(context_for(plan, source), tokenizer.stop_ids, tokenizer.bos_id)
+        checkpoint, passes = _optimize(plan, source, progress)
+        gates = _gates(plan, checkpoint)
+        plan.target.bundle(tokenizer, staging.path)
+        results: list[FormatResult] = []
+        notes = list(plan.notes) + [f"{name}: not used: {why}" for name, why in source.unused.items()]
+        for exporter in plan.exporters:
+            artifact = _write(exporter, checkpoint, options, staging.path, progress)
+            result, more = _prove(
+                plan,
+                exporter,
+                artifact,
+                source,
+                checkpoint,
+                tokenizer,
+                documents,
+                gates,
+                staging.path,
+                progress,
+            )
+            results.append(result)
+            notes += more
+        report = Report(
+            model=facts_of(source, options.context),
+            target=plan.profile.target,
+            device=plan.profile.name,
+            device_title=plan.profile.title,
+            passes=passes,
+            formats=tuple(results),
+            toolchain=_toolchain(),
+            seconds=time.monotonic() - began,
+            stages=dict(progress.stages),
+            peak_rss_mb=progress.peak_rss_mb,
+            notes=tuple(notes),
+        )
+        _refuse_failures(report)
+        report = bundle.write_documents(
+            staging.path, report, gates=gates, runtime=runtime_facts(source, tokenizer, options)
+        )
+        return report, staging.commit()
+
+
+def _read(plan: Plan, folder: Path, progress: Progress) -> tuple[Checkpoint, SourceTokenizer]:
+    with progress.stage("read the model"):
+        source = load_checkpoint(folder)
+        tokenizer = SourceTokenizer.load(folder)
+        refuse_large_vocabulary(source, tokenizer)
+        for exporter in plan.exporters:
+            exporter.check(source)
+    with progress.stage("check every weight", total=len(source.weights)) as stage:
+        check_values(source, stage.advance)
+    return source, tokenizer
+
+
+def _optimize(plan: Plan, source: Checkpoint, progress: Progress) -> tuple[Checkpoint, tuple[PassRow, ...]]:
+    checkpoint, rows = source, []
+    for step in plan.recipe:
+        began = time.monotonic()
+        with progress.stage(step.name), bundle.machine_errors(f"run {step.name}"):
+            result = step.run(checkpoint)
+        if forgotten := unaccounted(checkpoint, result.checkpoint, result.skipped):
+            raise AssertionError(f"{step.name}: neither changed nor skipped with a reason: {forgotten}")
+        rows.append(
+            PassRow(
+                name=step.name,
+                options=options_of(step),
+                seconds=time.monotonic() - began,
+                bytes_before=checkpoint.bytes,
+                bytes_after=result.checkpoint.bytes,
+                changed=len(checkpoint.weights) - len(result.skipped),
+                skipped=dict(result.skipped),
+                error=relative_error(checkpoint, result.checkpoint),
+            )
+        )
+        checkpoint = replace(result.checkpoint, history=(*checkpoint.history, step.name))
+    return checkpoint, tuple(rows)
+
+
+def _gates(plan: Plan, checkpoint: Checkpoint) -> Gates:
+    """Built-in thresholds, over them the profile's, over them the user's."""
+    defaults = fidelity.default_gates(checkpoint.task, lowest_bits(checkpoint))
+    return plan.request.gates.over(plan.profile.gates.over(defaults))
+
+
+def _write(
+    exporter: Exporter, checkpoint: Checkpoint, options: ExportOptions, folder: Path, progress: Progress
+) -> Artifact:
+    path = folder / exporter.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    doing = f"write {exporter.name}"
+    with progress.stage(doing), bundle.machine_errors(doing, path):
+        return exporter.write(checkpoint, options, path)
+
+
+def _prove(
+    plan: Plan,
+    exporter: Exporter,
+    artifact: Artifact,
+    source: Checkpoint,
+    checkpoint: Checkpoint,
+    tokenizer: SourceTokenizer,
+    documents: Sequence[str],
+    gates: Gates,
+    folder: Path,
+    progress: Progress,
+) -> tuple[FormatResult, tuple[str, ...]]:
+    """Open the artifact again, compare it with its source, and measure it."""
+    quality, checks, notes, latency = None, (_size_check(artifact, gates)), (), None
+    if plan.request.verify:
+        quality, more, notes = judge_artifact(
+            exporter,
+            artifact.path,
+            source,
+            checkpoint,
+            tokenizer,
+            folder / "tokenizer",
+            documents,
+            gates,
+            progress,
+        )
+        checks += more
+    if plan.request.bench:
+        with progress.stage(f"measure {exporter.name}"):
+            latency = plan.target.benchmark(artifact.path, artifact.format, source.task)
+        checks += checks_of(latency, gates, {})
+    return FormatResult(artifact, quality, checks, latency), notes
+
+
+def _size_check(artifact: Artifact, gates: Gates) -> tuple[Check, ...]:
+    return checks_of(
+        artifact, Gates(max_bytes=gates.max_bytes), {"bytes": "the file is larger than it may be"}
+    )
+
+
+def _refuse_failures(report: Report) -> None:
+    failed = [
+        f"  {result.artifact.format}: {check.name}"
+        + (
+            f" is {check.value:.4g}, limit {check.limit:.4g}"
+            if check.limit is not None and check.value is not None
+            else ""
+        )
+        + (f": {check.detail}" if check.detail else "")
+        for result in report.formats
+        for check in result.checks
+        if not check.passed
+    ]
+    if failed:
+        message = "the artifact is not good enough, and nothing of it was kept\n" + "\n".join(failed)
+        raise FailedGateError(message, report)
+
+
+def _toolchain() -> dict[str, str]:
+    found = {"slm-export": __version__}
+    for name in _TOOLS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,26 @@
+"""Is what was emitted as good as its source? Judged on the emitted file, in its own runtime.
+
+    tokens      a decoder on held-out text: KL divergence, top-1 agreement, perplexity
+    greedy      a decoder's own long text: does it stop, loop or wander where the source would not
+    encoders    embeddings and class scores over varied sentences
+    tokenizers  the app's tokenizer and stop tokens against the source's
+    thresholds  what is demanded where neither profile nor settings say
+
+Two distances are kept apart: quantization loss (source against the same model with the quantized weights, both
+in torch) and lowering loss (that torch model, with the artifact's activation quantization, against the
+artifact). The first is the price of the bits; the second is a bug until explained.
+"""
+
+from slm_export.fidelity.encoders import judge_encoder
+from slm_export.fidelity.thresholds import default_gates
+from slm_export.fidelity.tokenizers import TokenizerVerdict, judge_stop_tokens, judge_tokenizer
+from slm_export.fidelity.tokens import judge_decoder
+
+__all__ = [
+    "TokenizerVerdict",
+    "default_gates",
+    "judge_decoder",
+    "judge_encoder",
+    "judge_stop_tokens",
+    "judge_tokenizer",
+]

@@ -1,0 +1,145 @@
+"""What a decoder artifact writes by itself, read back by the source.
+
+A model this small loops now and then, in any precision, so that alone condemns nothing. The artifact writes;
+the source then reads that text and says at every step what it would have written. An artifact that
+loops where the source would have gone on, or misses a stop of which the source is sure, has been damaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from slm_export.results import Check
+from slm_export.runtime import DecoderSession
+from slm_export.tokenizer import SourceTokenizer
+
+PROMPTS = 3
+PROMPT_TOKENS = 32
+NEW_TOKENS = 160
+SURE = 0.9
+"""A source that gives a stop token this probability is sure of it; below 1 - SURE it is sure of the opposite."""
+LONGEST_CYCLE = 16
+CYCLE_TOKENS = 48
+"""A cycle that goes on for so many tokens is a loop."""
+_AGREEMENT_IN_LOOP = 0.5
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """What came of it."""
+
+    tokens: int
+    agreement: float | None
+    first_difference: int | None
+    text: str | None
+    detail: str
+    checks: tuple[Check, ...]
+
+
+def judge_greedy(
+    source: nn.Module,
+    session: DecoderSession,
+    tokenizer: SourceTokenizer,
+    windows: Sequence[tuple[int, ...]],
+    advance: Callable[[int, str], None],
+) -> Greedy:
+    """Let the artifact continue the beginnings of some windows, and the source judge."""
+    advance(0, "the artifact writes")
+    room = session.context - NEW_TOKENS
+    prompts = [window[: max(1, min(PROMPT_TOKENS, room, len(window) // 2))] for window in windows[:PROMPTS]]
+    written = [_write(session, prompt, tokenizer.stop_ids) for prompt in prompts]
+    agrees: list[Tensor] = []
+    loop, stop = "", ""
+    for prompt, tokens in zip(prompts, written, strict=True):
+        logits = _judgement(source, prompt, tokens)
+        agree = logits.argmax(-1) == torch.tensor(tokens)
+        agrees.append(agree)
+        loop = loop or _needless_loop(tokens, agree, tokenizer)
+        stop = stop or _wrong_stop(tokens, logits, tokenizer)
+    agreement = torch.cat(agrees).to(torch.float32).mean().item()
+    first, detail = _first_difference(prompts, written, agrees, tokenizer)
+    return Greedy(
+        tokens=sum(len(tokens) for tokens in written),
+        agreement=agreement,
+        first_difference=first,
+        text=tokenizer.decode([*prompts[0], *written[0]]),
+        detail=detail,
+        checks=(
+            Check("degeneration", not loop, loop or "no loop that the source would not have entered"),
+            Check(
+                "stopping", not stop, stop or "the artifact stops where the source is sure, and nowhere else"
+            ),
+        ),
+    )
+
+
+def _write(session: DecoderSession, prompt: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
+    """Return up to NEW_TOKENS greedy tokens, a stop token included."""
+    logits = session.logits(prompt, 0)
+    tokens: list[int] = []
+    while len(prompt) + len(tokens) < session.context and len(tokens) < NEW_TOKENS:
+        tokens.append(int(logits.argmax()))
+        if tokens[-1] in stop_ids:
+            break
+        logits = session.logits([tokens[-1]], len(prompt) + len(tokens) - 1)
+    return tokens
+
+
+def _judgement(source: nn.Module, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    """Return the source's logits (tokens, vocabulary) before each of ``tokens``."""
+    ids = torch.tensor([[*prompt, *tokens]])
+    logits: Tensor = source(input_ids=ids, use_cache=False, logits_to_keep=len(tokens) + 1).logits[0, :-1]
+    return logits.to(torch.float32)
+
+
+def _needless_loop(tokens: Sequence[int], agree: Tensor, tokenizer: SourceTokenizer) -> str:
+    """Say where the text loops although the source would mostly have left the loop; empty if nowhere."""
+    for period in range(1, LONGEST_CYCLE + 1):
+        length = _cycle_length(tokens, period)
+        if length >= CYCLE_TOKENS and agree[-length:].to(torch.float32).mean() < _AGREEMENT_IN_LOOP:
+            cycle = tokenizer.decode(tokens[-period:])
+            return f"loops on {cycle!r} for {length} tokens, where the source would go on otherwise"
+    return ""
+
+
+def _cycle_length(tokens: Sequence[int], period: int) -> int:
+    """Return how many tokens at the end repeat with this period."""
+    count = 0
+    while count + period < len(tokens) and tokens[-1 - count] == tokens[-1 - count - period]:
+        count += 1
+    return count + period if count else 0
+
+
+def _wrong_stop(tokens: Sequence[int], logits: Tensor, tokenizer: SourceTokenizer) -> str:
+    """Say where the artifact stops or goes on although the source is sure of the opposite."""
+    if not tokenizer.stop_ids:
+        return ""
+    stops = logits.softmax(-1)[:, list(tokenizer.stop_ids)].sum(-1)
+    for at, token in enumerate(tokens):
+        before = repr(tokenizer.decode(tokens[max(0, at - 8) : at]))
+        sure = float(stops[at])
+        if token in tokenizer.stop_ids and sure < 1 - SURE:
+            return f"stops after {at} tokens, {before}, where the source gives that {sure:.3f}"
+        if token not in tokenizer.stop_ids and sure > SURE:
+            return f"goes on after {at} tokens, {before}, where the source stops with {sure:.3f}"
+    return ""
+
+
+def _first_difference(
+    prompts: Sequence[Sequence[int]],
+    written: Sequence[Sequence[int]],
+    agrees: Sequence[Tensor],
+    tokenizer: SourceTokenizer,
+) -> tuple[int | None, str]:
+    """Return the earliest step at which the source would have written another token, and a word on it."""
+    found: tuple[int, str] | None = None
+    for prompt, tokens, agree in zip(prompts, written, agrees, strict=True):
+        for at in (~agree).nonzero().flatten().tolist()[:1]:
+            if found is None or at < found[0]:
+                text = tokenizer.decode([*prompt, *tokens][: len(prompt) + at][-12:])
+                found = (at, f"the source would first write something else after {at} tokens, {text!r}")
+    return found if found else (None, "the source would have written the same throughout")

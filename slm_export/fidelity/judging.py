@@ -1,0 +1,40 @@
+"""Figures against thresholds."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from slm_export.gates import Gates
+from slm_export.results import Artifact, Check, Latency, Quality
+
+
+def checks_of(
+    measured: Quality | Artifact | Latency, gates: Gates, details: dict[str, str]
+) -> tuple[Check, ...]:
+    """Return a check for every figure of ``measured`` that ``gates`` bounds, in the order of the thresholds.
+
+    ``details`` says, for a figure, where the two sides part. A bounded figure that could not be measured fails.
+    """
+    figures = {field.name: _figure(getattr(measured, field.name)) for field in dataclasses.fields(measured)}
+    checks = []
+    for threshold, limit in gates.model_dump(exclude_none=True).items():
+        side, _, name = threshold.partition("_")
+        if name in figures:
+            checks.append(_check(name, figures[name], float(limit), side == "max", details.get(name, "")))
+    return tuple(checks)
+
+
+def _check(name: str, value: float | None, limit: float, is_max: bool, detail: str) -> Check:
+    if value is None:
+        return Check(name, False, "not measured, though a threshold asks for it", None, limit)
+    # Written so that NaN fails.
+    passed = value <= limit if is_max else value >= limit
+    return Check(name, passed, detail, value, limit)
+
+
+def _figure(value: Any) -> float | None:
+    """Of percentiles, the median is what a threshold bounds."""
+    if isinstance(value, dict):
+        value = value.get("p50")
+    return float(value) if isinstance(value, (int, float)) else None

@@ -1,0 +1,69 @@
+"""The app's tokenizer against the source's, and the stop tokens in the file against the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slm_export.conformance import cases, compare
+from slm_export.results import Check
+from slm_export.runtime_tokenizers import ExecuTorchTokenizer, TokenizerLoadError
+from slm_export.tokenizer import SourceTokenizer
+
+MOST_PARTED = 0.1
+"""A runtime whose tokenizer parts from the source's on more than this share of the strings fails. The strings are
+chosen to be hard; below it, what kinds of text part is said in a note."""
+_VOCABULARY_SAMPLE = 400
+
+
+@dataclass(frozen=True)
+class TokenizerVerdict:
+    """Checks that count, and notes on what does not reproduce but does not count."""
+
+    checks: tuple[Check, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def judge_tokenizer(source: SourceTokenizer, bundled: Path, task: str) -> TokenizerVerdict:
+    """Run thousands of strings through ExecuTorch's tokenizer and the source's.
+
+    Given   ``bundled``: the bundle's tokenizer folder
+    An encoder is fed token ids by the app, with whatever tokenizer the app has; ExecuTorch's not reading
+    the file is then worth a note, not a failure. A decoder runs in ExecuTorch's own runner.
+    """
+    decodes = task == "text-generation"
+    try:
+        runtime = ExecuTorchTokenizer(bundled)
+    except TokenizerLoadError as error:
+        if decodes:
+            return TokenizerVerdict((Check("tokenizer", False, str(error)),))
+        reason = str(error).partition(": ")[2]
+        return TokenizerVerdict(
+            notes=(
+                f"tokenizer: {reason}; let the app tokenize with Hugging Face tokenizers and tokenizer.json",
+            )
+        )
+    chat = source.render_chat("What is the capital of France?")
+    strings = cases(
+        source.added_tokens, (chat,) if chat else (), source.vocabulary_sample(_VOCABULARY_SAMPLE)
+    )
+    result = compare(
+        source.encode, runtime.encode, source.decode, runtime.decode if decodes else None, strings
+    )
+    share = result.mismatches / result.total
+    passed = share <= MOST_PARTED or not decodes
+    check = Check("tokenizer", passed, result.summary(), 1 - share, 1 - MOST_PARTED if decodes else None)
+    return TokenizerVerdict((check,), () if result.agreed else (f"tokenizer: {result.summary()}",))
+
+
+def judge_stop_tokens(metadata: Mapping[str, Any], stop_ids: tuple[int, ...]) -> Check:
+    """Compare the stop tokens that the file names with those of ``generation_config.json``."""
+    named = metadata.get("get_eos_ids", [])
+    in_file = tuple(named) if isinstance(named, (list, tuple)) else (named,)
+    passed = sorted(in_file) == sorted(stop_ids)
+    detail = f"the file stops at {list(in_file)}, the model at {list(stop_ids)}"
+    if not stop_ids:
+        return Check("stop_tokens", passed, "the model names no stop token: it never ends by itself")
+    return Check("stop_tokens", passed, detail)

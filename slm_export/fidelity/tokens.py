@@ -1,0 +1,237 @@
+"""A decoder artifact against its source, token by token, on held-out text.
+
+The artifact reads every window one token at a time, as it will when it generates, and again some
+prefixes in one call, as it will read prompts. The references read whole windows.
+
+KL divergence is from the source's distribution to the artifact's, in nats; the perplexity ratio is that of the
+artifact to the source on the same tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slm_export.checkpoint import Checkpoint
+from slm_export.evaltext import token_windows
+from slm_export.fidelity.greedy import Greedy, judge_greedy
+from slm_export.fidelity.judging import checks_of
+from slm_export.gates import Gates
+from slm_export.model import build_reference
+from slm_export.results import Check, TokenQuality
+from slm_export.runtime import DecoderSession
+from slm_export.tokenizer import SourceTokenizer
+
+WINDOW = 256
+TOKENS = 4096
+_LOGITS_BYTES = 256 << 20  # of one reference's logits that stand in memory together
+
+Window = tuple[int, ...]
+Advance = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Models:
+    """The three torch models that an artifact is compared with."""
+
+    source: nn.Module
+    quantized: nn.Module
+    """The weights of the artifact, activations in float32."""
+    lowered: nn.Module
+    """The weights of the artifact and its activation quantization."""
+
+    @classmethod
+    def of(cls, source: Checkpoint, quantized: Checkpoint) -> Models:
+        """Build them; weights are read as they are used."""
+        return cls(
+            build_reference(source),
+            build_reference(quantized),
+            build_reference(quantized, quantize_activations=True),
+        )
+
+
+@dataclass
+class _Sums:
+    """What is kept of every scored position."""
+
+    kl: list[Tensor] = field(default_factory=list)
+    quantization_kl: list[Tensor] = field(default_factory=list)
+    lowering_kl: list[Tensor] = field(default_factory=list)
+    lowering_max: float = 0.0
+    agree: list[Tensor] = field(default_factory=list)
+    source_nll: list[Tensor] = field(default_factory=list)
+    nll: list[Tensor] = field(default_factory=list)
+    worst_kl: float = -1.0
+    worst: str = ""
+    worst_lowering: str = ""
+
+
+@torch.no_grad()
+def judge_decoder(
+    source: Checkpoint,
+    quantized: Checkpoint,
+    session: DecoderSession,
+    tokenizer: SourceTokenizer,
+    documents: Sequence[str],
+    gates: Gates,
+    advance: Advance,
+) -> tuple[TokenQuality, tuple[Check, ...]]:
+    """Measure a decoder artifact and hold it against the thresholds.
+
+    Given   the source model, the checkpoint that the artifact was written from, the artifact open in its runtime
+    """
+    models = Models.of(source, quantized)
+    bos = tokenizer.bos_id if tokenizer.adds_bos else None
+    length = min(WINDOW, session.context)
+    windows = token_windows(documents, tokenizer.encode, length, bos, TOKENS)
+    sums = _Sums()
+    vocabulary = int(source.config.get_text_config().vocab_size)
+    for batch in _batches(windows, vocabulary):
+        advance(0, "the source model reads")
+        originals, quantizeds, lowereds = (
+            _read(model, batch) for model in (models.source, models.quantized, models.lowered)
+        )
+        for index, window in enumerate(batch):
+            rows = slice(0, len(window))
+            _score(
+                sums,
+                window,
+                originals[index, rows],
+                quantizeds[index, rows],
+                lowereds[index, rows],
+                session,
+                tokenizer,
+            )
+            advance(len(window), "the artifact reads")
+    greedy = judge_greedy(models.source, session, tokenizer, windows, advance)
+    quality = _quality(sums, greedy)
+    details = {
+        "kl_mean": sums.worst,
+        "kl_p99": sums.worst,
+        "kl_max": sums.worst,
+        "top1_agreement": sums.worst,
+        "perplexity_ratio": f"perplexity {quality.perplexity:.4g} where the source has {quality.source_perplexity:.4g}",
+        "lowering_kl_mean": sums.worst_lowering,
+        "lowering_max_abs": sums.worst_lowering,
+        "greedy_agreement": greedy.detail,
+    }
+    return quality, (*checks_of(quality, gates, details), *greedy.checks)
+
+
+def _batches(windows: Sequence[Window], vocabulary: int) -> Iterator[Sequence[Window]]:
+    longest = max(len(window) for window in windows)
+    size = max(1, _LOGITS_BYTES // (4 * vocabulary * longest))
+    for start in range(0, len(windows), size):
+        yield windows[start : start + size]
+
+
+def _read(model: nn.Module, windows: Sequence[Window]) -> Tensor:
+    """Return float32 logits (windows, tokens, vocabulary); windows are padded behind, which causality hides."""
+    longest = max(len(window) for window in windows)
+    ids = torch.zeros(len(windows), longest, dtype=torch.int64)
+    for row, window in enumerate(windows):
+        ids[row, : len(window)] = torch.tensor(window)
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.to(torch.float32)
+
+
+def _score(
+    sums: _Sums,
+    window: Window,
+    source: Tensor,
+    quantized: Tensor,
+    lowered: Tensor,
+    session: DecoderSession,
+    tokenizer: SourceTokenizer,
+) -> None:
+    """Score every position of a window; logits are (tokens, vocabulary)."""
+    decoded = torch.stack([session.logits([token], at) for at, token in enumerate(window)])
+    source_log, artifact_log = F.log_softmax(source, -1), F.log_softmax(decoded, -1)
+    kl = _kl(source_log, artifact_log)
+    sums.kl.append(kl)
+    sums.quantization_kl.append(_kl(source_log, F.log_softmax(quantized, -1)))
+    sums.agree.append(source.argmax(-1) == decoded.argmax(-1))
+    following = torch.tensor(window[1:], dtype=torch.int64).unsqueeze(1)
+    sums.source_nll.append(-source_log[:-1].gather(1, following).squeeze(1))
+    sums.nll.append(-artifact_log[:-1].gather(1, following).squeeze(1))
+    if (largest := kl.max().item()) > sums.worst_kl or math.isnan(largest):
+        sums.worst_kl = largest
+        sums.worst = _where(int(kl.argmax()), window, source, decoded, tokenizer)
+    prefix = _prefix_length(len(window), len(sums.kl))
+    prompt = session.logits(window[:prefix], 0).unsqueeze(0)
+    _score_lowering(
+        sums,
+        window,
+        torch.cat((decoded, prompt)),
+        torch.cat((lowered, lowered[prefix - 1 : prefix])),
+        tokenizer,
+    )
+
+
+def _prefix_length(tokens: int, turn: int) -> int:
+    """Return a prompt length for the ``turn``-th window: all lengths get their turn, odd ones too."""
+    return 1 + (turn * 37) % tokens
+
+
+def _score_lowering(
+    sums: _Sums, window: Window, artifact: Tensor, reference: Tensor, tokenizer: SourceTokenizer
+) -> None:
+    sums.lowering_kl.append(_kl(F.log_softmax(reference, -1), F.log_softmax(artifact, -1)))
+    far = (artifact - reference).abs().amax(-1)
+    if not (largest := far.max().item()) <= sums.lowering_max:
+        sums.lowering_max = largest
+        at = min(int(far.argmax()), len(window) - 1)
+        sums.worst_lowering = (
+            f"logits are {largest:.3g} apart at token {at}, after {_text(tokenizer, window[: at + 1])}"
+        )
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """Return KL(p || q) in nats per row, of log probabilities."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _where(at: int, window: Window, source: Tensor, artifact: Tensor, tokenizer: SourceTokenizer) -> str:
+    def preferred(logits: Tensor) -> str:
+        probability, token = logits[at].softmax(-1).max(-1)
+        return f"{tokenizer.decode([int(token)])!r} ({float(probability):.2f})"
+
+    return (
+        f"they part most at token {at}, after {_text(tokenizer, window[: at + 1])}: "
+        f"the source prefers {preferred(source)}, the artifact {preferred(artifact)}"
+    )
+
+
+def _text(tokenizer: SourceTokenizer, window: Window) -> str:
+    return repr(tokenizer.decode(window[-12:]))
+
+
+def _quality(sums: _Sums, greedy: Greedy) -> TokenQuality:
+    kl = torch.cat(sums.kl)
+    source_nll, nll = torch.cat(sums.source_nll).mean().item(), torch.cat(sums.nll).mean().item()
+    return TokenQuality(
+        kl_mean=kl.mean().item(),
+        kl_p99=kl.quantile(0.99).item(),
+        kl_max=kl.max().item(),
+        top1_agreement=torch.cat(sums.agree).to(torch.float32).mean().item(),
+        perplexity_ratio=_exp(nll - source_nll),
+        perplexity=_exp(nll),
+        source_perplexity=_exp(source_nll),
+        tokens=kl.numel(),
+        quantization_kl_mean=torch.cat(sums.quantization_kl).mean().item(),
+        lowering_kl_mean=torch.cat(sums.lowering_kl).mean().item(),
+        lowering_max_abs=sums.lowering_max,
+        greedy_tokens=greedy.tokens,
+        greedy_agreement=greedy.agreement,
+        greedy_first_difference=greedy.first_difference,
+        greedy_text=greedy.text,
+    )
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,173 @@
+"""A bundle opened again: to run it, and to verify it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from slm_export.bundle import Manifest, read_manifest, verify_files
+from slm_export.errors import GateError, InputError
+from slm_export.evaltext import load_documents
+from slm_export.fidelity import judging
+from slm_export.gates import Gates
+from slm_export.generation import Sampling, generate
+from slm_export.hub import find_model
+from slm_export.judge import judge_artifact, self_check
+from slm_export.load import load_checkpoint
+from slm_export.progress import Progress
+from slm_export.provenance import source_sha256
+from slm_export.recipe import make_pass
+from slm_export.registry import exporter
+from slm_export.results import Artifact, Check
+from slm_export.runtime import DecoderSession, EncoderSession, Session
+from slm_export.tokenizer import Detokenizer, SourceTokenizer
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What ``verify`` found of one bundle."""
+
+    checks: dict[str, tuple[Check, ...]]
+    """By format; "files" for the bundle itself."""
+    notes: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for group in self.checks.values() for check in group)
+
+
+def verify(folder: Path, source: str | None, eval_text: Path | None, progress: Progress) -> Verification:
+    """Repeat what can be repeated: checksums always, and with the source model the whole gate.
+
+    Raises:
+        InputError: not a bundle, or another source model than it was made from.
+    """
+    manifest = read_manifest(folder)
+    with progress.stage("check files"):
+        problems = verify_files(folder)
+    detail = "; ".join(str(problem) for problem in problems) or f"{len(manifest.files)} files are as written"
+    checks = {"files": (Check("checksums", not problems, detail),)}
+    if problems:
+        return Verification(checks, ("artifacts were not opened: the files are not those that were written",))
+    tokenizer = SourceTokenizer.load(folder / "tokenizer")
+    notes: list[str] = []
+    for entry in manifest.artifacts:
+        made = exporter(entry.format)
+        made.ready()
+        path = folder / entry.path
+        if source is None:
+            with progress.stage(f"open {entry.format}"):
+                group, more = self_check(
+                    made,
+                    path,
+                    manifest.model.task,
+                    tokenizer,
+                    folder / "tokenizer",
+                    load_documents(eval_text),
+                )
+            notes.append("fidelity was not measured: give --source MODEL")
+        else:
+            group, more = _with_source(folder, manifest, entry.format, source, eval_text, progress)
+        checks[entry.format] = group
+        notes += more
+    return Verification(checks, tuple(dict.fromkeys(notes)))
+
+
+def _with_source(
+    folder: Path, manifest: Manifest, format: str, source: str, eval_text: Path | None, progress: Progress
+) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+    """Make the quantized checkpoint again, which is deterministic, and judge the artifact by it."""
+    model = find_model(source)
+    if source_sha256(model) != manifest.model.source_sha256:
+        raise InputError(f"{source}: not the model that {folder} was made from (another sha256)")
+    with progress.stage("read the model"):
+        original = load_checkpoint(model)
+        tokenizer = SourceTokenizer.load(model)
+    checkpoint = original
+    for step in manifest.recipe:
+        options = {key: value for key, value in step.items() if key != "pass"}
+        with progress.stage(str(step["pass"])):
+            checkpoint = (
+                make_pass(str(step["pass"]), options, f"{folder}/manifest.json").run(checkpoint).checkpoint
+            )
+    entry = manifest.artifact(format)
+    path = folder / entry.path
+    quality, checks, notes = judge_artifact(
+        exporter(format),
+        path,
+        original,
+        checkpoint,
+        tokenizer,
+        folder / "tokenizer",
+        load_documents(eval_text),
+        manifest.gates,
+        progress,
+    )
+    del quality
+    artifact = Artifact(path, format, entry.bytes, entry.sha256, entry.bits_per_weight)
+    size = judging.checks_of(artifact, Gates(max_bytes=manifest.gates.max_bytes), {})
+    return (*size, *checks), notes
+
+
+@dataclass(frozen=True)
+class OpenBundle:
+    """An artifact of a bundle, open in its runtime, with the tokenizer beside it."""
+
+    manifest: Manifest
+    session: Session
+    tokenizer: SourceTokenizer
+
+    def text(self, prompt: str, max_tokens: int, sampling: Sampling, *, chat: bool = True) -> Iterator[str]:
+        """Yield the answer to a prompt, piece by piece; the chat template is applied where there is one."""
+        assert isinstance(self.session, DecoderSession)
+        rendered = self.tokenizer.render_chat(prompt) if chat else None
+        encode = self.tokenizer.encode_with_template if rendered is None else self.tokenizer.encode
+        ids = encode(prompt if rendered is None else rendered)
+        stops = [int(token) for token in self.manifest.runtime.get("stop_ids", [])]
+        detokenizer = Detokenizer(self.tokenizer.decode)
+        for token in generate(self.session, ids, stops, max_tokens, sampling):
+            yield detokenizer.add(token)
+        yield detokenizer.flush()
+
+    def outputs(self, text: str) -> list[float]:
+        """Return an encoder's embedding or class scores of a text."""
+        assert isinstance(self.session, EncoderSession)
+        ids = self.tokenizer.encode_with_template(text)
+        if len(ids) > self.session.context:
+            raise InputError(
+                f"the text has {len(ids)} tokens, but the model takes at most {self.session.context}"
+            )
+        values: list[float] = self.session.outputs(ids, [1] * len(ids)).flatten().tolist()
+        return values
+
+
+def open_bundle(folder: Path, format: str | None = None) -> OpenBundle:
+    """Open one artifact of a bundle, the first by default, after checking that it is what was written.
+
+    Raises:
+        InputError: not a bundle, or no such format in it.
+        GateError: the artifact or its tokenizer is not what was written.
+    """
+    manifest = read_manifest(folder)
+    entry = manifest.artifact(format) if format else manifest.artifacts[0]
+    needed = (entry.path, "tokenizer/")
+    if problems := [problem for problem in verify_files(folder) if problem.path.startswith(needed)]:
+        raise GateError(f"{folder}: {problems[0]}; export the model again")
+    made = exporter(entry.format)
+    made.ready()
+    tokenizer = SourceTokenizer.load(folder / "tokenizer")
+    return OpenBundle(manifest, made.open(folder / entry.path, manifest.model.task), tokenizer)
+
+
+def to_json(verification: Verification) -> dict[str, object]:
+    """Return the verification as JSON values."""
+    return {
+        "passed": verification.passed,
+        "checks": {
+            name: [dataclasses.asdict(c) for c in group] for name, group in verification.checks.items()
+        },
+        "notes": list(verification.notes),
+    }

@@ -1,0 +1,123 @@
+"""What is done to the weights: an ordered tuple of passes, from the device profile and the user's options.
+
+The profile's recipe comes first; ``--bits`` and its kin (or the same keys of slm-export.toml) override the
+options of its quantization.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from slm_export.checkpoint import Checkpoint, Pass
+from slm_export.errors import InputError, suggestion
+from slm_export.optimizers.group_quantize import GroupQuantize
+from slm_export.profile import RecipeStep
+from slm_export.weights import Quantized
+
+PASSES: Mapping[str, type[Pass]] = {GroupQuantize.name: GroupQuantize}
+
+Recipe = tuple[Pass, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationOptions:
+    """What the user asked for; None leaves the profile's choice."""
+
+    bits: int | None = None
+    group_size: int | None = None
+    embedding_bits: int | None = None
+    head_bits: int | None = None
+
+    def overrides(self) -> dict[str, int]:
+        """Return the options of group-quantize that are set. ``bits`` alone speaks for embedding and head too.
+
+        4 is the exception: an embedding in 4 bits costs a small model much more than it saves, so it is
+        asked for by itself.
+        """
+        chosen: dict[str, int] = {}
+        if self.bits is not None:
+            chosen["bits"] = self.bits
+            if self.bits != 4:
+                chosen["embedding_bits"] = self.bits
+        for option, key in (
+            (self.group_size, "group"),
+            (self.embedding_bits, "embedding_bits"),
+            (self.head_bits, "head_bits"),
+        ):
+            if option is not None:
+                chosen[key] = option
+        return chosen
+
+
+def build_recipe(steps: Sequence[RecipeStep], options: QuantizationOptions, where: str) -> Recipe:
+    """Return the passes of a profile's recipe with the user's options put in; ``where`` names the profile.
+
+    Raises:
+        InputError: an unknown pass, an unknown option, a value that the pass refuses.
+    """
+    overrides = options.overrides()
+    passes = []
+    quantizes = False
+    for step in steps:
+        chosen = dict(step.options)
+        if step.pass_name == GroupQuantize.name:
+            chosen, quantizes = {**chosen, **overrides}, True
+        passes.append(make_pass(step.pass_name, chosen, where))
+    if overrides and not quantizes:
+        passes.append(make_pass(GroupQuantize.name, overrides, where))
+    return tuple(passes)
+
+
+def make_pass(name: str, options: Mapping[str, Any], where: str) -> Pass:
+    """Return one pass with its options checked."""
+    if name not in PASSES:
+        raise InputError(f"{where}: unknown pass '{name}'{suggestion(name, PASSES)}")
+    cls: Any = PASSES[name]
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    for key, value in options.items():
+        if key not in known:
+            raise InputError(f"{where}: {name}: unknown option '{key}'{suggestion(key, known)}")
+        default = known[key].default
+        kind = bool if isinstance(default, bool) else int
+        if type(value) is not kind and value is not None:
+            raise InputError(f"{where}: {name}: {key} must be {kind.__name__}, not {value!r}")
+    made: Pass = cls(**options)
+    return made
+
+
+def options_of(step: Pass) -> dict[str, Any]:
+    """Return the options of a pass, as the manifest lists them."""
+    return {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}  # type: ignore[arg-type]
+
+
+def lowest_bits(checkpoint: Checkpoint) -> int:
+    """Return the fewest bits that any matrix is stored in."""
+    widths: Iterable[int] = (
+        weight.bits if isinstance(weight, Quantized) else 8 * weight.dtype.itemsize
+        for name, weight in checkpoint.weights.items()
+        if checkpoint.roles[name] != "other"
+    )
+    return min(widths, default=32)
+
+
+def unaccounted(before: Checkpoint, after: Checkpoint, skipped: Mapping[str, str]) -> list[str]:
+    """Return the weights that a pass neither changed nor gave a reason for, or gave a reason for and changed."""
+    return [
+        name
+        for name, weight in before.weights.items()
+        if (after.weights[name] is weight) != (name in skipped)
+    ]
+
+
+def relative_error(before: Checkpoint, after: Checkpoint) -> float | None:
+    """Return sum |w - w'|^2 / sum |w|^2 over the weights that differ, read one at a time; None if none does."""
+    error = norm = 0.0
+    for name, weight in before.weights.items():
+        if after.weights[name] is weight:
+            continue
+        values = weight.float32()
+        norm += values.square().sum().item()
+        error += (values - after.weights[name].float32()).square().sum().item()
+    return error / norm if norm else None

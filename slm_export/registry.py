@@ -1,0 +1,34 @@
+"""The formats and targets there are: name -> what makes it. Adding one is a file and a line here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+
+from slm_export.errors import InputError, suggestion
+from slm_export.profile import FORMATS, TARGETS
+from slm_export.runtime import Exporter, Target
+
+_EXPORTERS: Mapping[str, str] = {"executorch": "executorch:ExecuTorchExporter"}
+_TARGETS: Mapping[str, str] = {"android": "android:Android", "linux": "linux:Linux", "host": "host:Host"}
+
+
+def exporter(format: str) -> Exporter:
+    """Return the exporter of a format; InputError where there is none."""
+    made: Exporter = _make("exporters", _EXPORTERS, format, FORMATS, "format")
+    return made
+
+
+def target(name: str) -> Target:
+    """Return a target; InputError where there is none."""
+    made: Target = _make("targets", _TARGETS, name, TARGETS, "target")
+    return made
+
+
+def _make(folder: str, table: Mapping[str, str], name: str, planned: tuple[str, ...], kind: str):  # type: ignore[no-untyped-def]
+    if name not in table:
+        if name in planned:
+            raise InputError(f"{kind} '{name}' cannot be exported yet; available: {', '.join(table)}")
+        raise InputError(f"unknown {kind} '{name}'{suggestion(name, table)}")
+    module, _, cls = table[name].partition(":")
+    return getattr(importlib.import_module(f"slm_export.{folder}.{module}"), cls)()

@@ -1,0 +1,72 @@
+"""Greedy text of the vendor's own generation loop, with the bundled tokenizer, as an app would run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from slm_export.child import call, serve
+from slm_export.results import Check
+from slm_export.runtime import DecoderSession
+from slm_export.runtime_tokenizers import ExecuTorchTokenizer
+from slm_export.tokenizer import SourceTokenizer
+
+TOKENS = 48
+
+
+def judge_vendor_text(
+    path: Path,
+    format: str,
+    tokenizer_folder: Path,
+    tokenizer: SourceTokenizer,
+    session: DecoderSession,
+    prompt: str,
+) -> Check:
+    """Compare what the vendor's runner writes with what our session writes, both greedy, on one prompt."""
+    prompt_ids = tokenizer.encode_with_template(prompt)
+    tokens = _greedy(session, prompt_ids, tokenizer.stop_ids)
+    expected = ExecuTorchTokenizer(tokenizer_folder).decode(tokens)
+    request = {
+        "path": str(path),
+        "format": format,
+        "tokenizer": str(tokenizer_folder / "tokenizer.json"),
+        "prompt": prompt,
+        "tokens": TOKENS,
+        "bos": int(tokenizer.adds_bos),
+    }
+    text = call("slm_export.vendor_text", request, f"run {path.name} in the vendor's runner")
+    if text.startswith(expected) and len(tokens) < TOKENS:
+        text = expected  # what follows is the stop token, which the runner prints too
+    detail = "the vendor's runner and the bundled tokenizer give the text of this session"
+    if text != expected:
+        detail = (
+            f"after {prompt!r} the vendor's runner writes {text[:160]!r}, this session {expected[:160]!r}"
+        )
+    return Check("runner_text", text == expected, detail)
+
+
+def _greedy(session: DecoderSession, prompt: list[int], stop_ids: tuple[int, ...]) -> list[int]:
+    tokens: list[int] = []
+    logits = session.logits(prompt, 0)
+    while len(tokens) < TOKENS and (token := int(logits.argmax())) not in stop_ids:
+        tokens.append(token)
+        logits = session.logits([token], len(prompt) + len(tokens) - 1)
+    return tokens
+
+
+def _generate(request: dict[str, Any]) -> str:
+    from slm_export.registry import exporter
+
+    made = exporter(request["format"])
+    made.ready()
+    return made.generate(
+        Path(request["path"]),
+        Path(request["tokenizer"]),
+        request["prompt"],
+        request["tokens"],
+        request["bos"],
+    )
+
+
+if __name__ == "__main__":
+    serve(_generate)

@@ -1,0 +1,25 @@
+"""A bundle of plain files, measured on this machine: what the targets here have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slm_export.latency import measure
+from slm_export.results import Latency
+from slm_export.tokenizer import SourceTokenizer
+from slm_export.tokenizer_bundle import write_tokenizer
+
+
+class PlainFolder:
+    """Needs nothing beyond the exporters; puts ``tokenizer/`` beside the artifacts."""
+
+    def ready(self) -> None:
+        """Nothing is needed."""
+
+    def bundle(self, tokenizer: SourceTokenizer, folder: Path) -> None:
+        """Write ``tokenizer/``."""
+        write_tokenizer(tokenizer, folder / "tokenizer")
+
+    def benchmark(self, path: Path, format: str, task: str) -> Latency:
+        """Measure on this machine."""
+        return measure(path, format, task)
