@@ -175,7 +175,7 @@ def _signature(checkpoint: Checkpoint, options: ExportOptions) -> Signature:
             {"tokens": f"int64[1, 1..{longest}]", "input_pos": "int64[1]"},
             {"logits": f"float32[1, {vocabulary}]"},
         )
-    inputs = {name: f"int64[1, 1..{options.context}]" for name in ("input_ids", "attention_mask")}
+    inputs = dict.fromkeys(("input_ids", "attention_mask"), f"int64[1, 1..{options.context}]")
     config = checkpoint.config
     if checkpoint.task == "sentence-embedding":
         return Signature("forward", inputs, {"embedding": f"float32[1, {config.hidden_size}]"})

@@ -53,7 +53,7 @@ class ExecuTorchDialect:
 
 def load_operators() -> None:
     """Import what registers the operators used here, and the kernels that run them."""
-    import torch.ao.quantization.fx._decomposed
+    import torch.ao.quantization.fx._decomposed  # noqa: F401
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
     from executorch.extension.pybindings import portable_lib  # noqa: F401
     from executorch.kernels import quantized  # noqa: F401
@@ -65,9 +65,10 @@ class _QuantizedLinear(nn.Module):
         per_channel = weight.bits == 8
         self.bits, self.group = weight.bits, weight.group
         self.register_buffer("codes", weight.codes())
-        self.register_buffer("scales", weight.scales.squeeze(1) if per_channel else weight.scales)
+        scales = weight.scales.squeeze(1) if per_channel else weight.scales
+        self.register_buffer("scales", scales)
         kind = torch.int64 if per_channel else torch.int32
-        self.register_buffer("zeros", torch.zeros(self.scales.shape, dtype=kind))
+        self.register_buffer("zeros", torch.zeros(scales.shape, dtype=kind))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,6 +163,8 @@ class _CachedAttention(nn.Module):
 class _RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019)."""
 
+    average: Tensor
+
     def __init__(self, weight: Tensor, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.clone(), requires_grad=False)
@@ -174,6 +177,8 @@ class _RMSNorm(nn.Module):
 
 class _LayerNorm(nn.Module):
     """(x - mean) / sqrt(var + eps) * weight + bias (Ba, Kiros and Hinton, 2016)."""
+
+    average: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
         super().__init__()

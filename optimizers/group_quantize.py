@@ -118,7 +118,7 @@ def quantize(values: Tensor, bits: int, group: int, search: bool = True) -> Quan
     Blocks of whole rows are worked on, so that the search needs little memory beside the result.
     """
     rows = max(1, _BLOCK // values.shape[1])
-    blocks = [_quantize_block(block, bits, group, search) for block in values.split(rows)]
+    blocks = [_quantize_block(block, bits, group, search) for block in torch.split(values, rows)]
     codes, scales = zip(*blocks, strict=True)
     return quantized(torch.cat(codes), torch.cat(scales), bits)
 

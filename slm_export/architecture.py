@@ -106,7 +106,7 @@ def _parse(path: Path, raw: Mapping[str, Any]) -> Any:
         raise InputError(f"{path}: unknown model type '{kind}'{_nearest(kind, CONFIG_MAPPING)}")
     try:
         return AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001 - a configuration class may reject a value in any way
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: transformers rejects it: {reason}") from error
 

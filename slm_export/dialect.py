@@ -135,7 +135,7 @@ class _StreamedEmbedding(nn.Module):
 def _float_blocks(weight: Weight, rows: int) -> list[Tensor]:
     """Return a matrix as float32 blocks of ``rows`` rows, made one by one as they are used."""
     if isinstance(weight, Dense):
-        return [block.to(torch.float32) for block in weight.load().split(rows)]
+        return [block.to(torch.float32) for block in torch.split(weight.load(), rows)]
     starts = range(0, weight.shape[0], rows)
     return [_rows(weight, torch.arange(i, min(i + rows, weight.shape[0]))) for i in starts]
 

@@ -21,7 +21,7 @@ from slm_export.load import check_values, load_checkpoint
 from slm_export.progress import Progress
 from slm_export.provenance import facts_of, refuse_large_vocabulary, runtime_facts
 from slm_export.recipe import lowest_bits, options_of, relative_error, unaccounted
-from slm_export.results import Artifact, Check, FormatResult, PassRow, Report
+from slm_export.results import Artifact, Check, FormatResult, Latency, PassRow, Quality, Report
 from slm_export.runtime import Exporter, ExportOptions
 from slm_export.tokenizer import SourceTokenizer
 
@@ -157,7 +157,10 @@ def _prove(
     progress: Progress,
 ) -> tuple[FormatResult, tuple[str, ...]]:
     """Open the artifact again, compare it with its source, and measure it."""
-    quality, checks, notes, latency = None, (_size_check(artifact, gates)), (), None
+    quality: Quality | None = None
+    latency: Latency | None = None
+    checks = _size_check(artifact, gates)
+    notes: tuple[str, ...] = ()
     if plan.request.verify:
         quality, more, notes = judge_artifact(
             exporter,

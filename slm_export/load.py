@@ -34,7 +34,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         module = architecture.empty_module()
     except InputError:
         raise
-    except Exception as error:  # noqa: BLE001 - inconsistent sizes make module constructors fail in any way
+    except Exception as error:
         raise InputError(
             f"{folder / 'config.json'}: {architecture.name} cannot be built from it: {error}"
         ) from error

@@ -39,8 +39,8 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         """Return float32 (1, vocabulary), of int64 tokens (1, n) that begin at position input_pos (1,)."""
         start: Any = input_pos[0].item()
-        torch._check(start >= 0)
-        torch._check(start < self.context)
+        torch._check(start >= 0)  # type: ignore[no-untyped-call]
+        torch._check(start < self.context)  # type: ignore[no-untyped-call]
         self.position.start = start
         positions = (input_pos[0] + torch.arange(tokens.shape[1])).unsqueeze(0)
         output = self.model(

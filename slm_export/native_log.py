@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import IO, TextIO
 
 _SHOWN_LINES = 15
 
@@ -40,8 +40,7 @@ def kept_from_terminal() -> Iterator[TextIO]:
             os.dup2(real.fileno(), 2)
 
 
-def _show_end(log: object, real: TextIO) -> None:
-    assert hasattr(log, "seek") and hasattr(log, "read")
+def _show_end(log: IO[bytes], real: TextIO) -> None:
     log.seek(0)
     for line in log.read().decode("utf-8", errors="replace").splitlines()[-_SHOWN_LINES:]:
         real.write(f"  | {line}\n")

@@ -49,7 +49,7 @@ def verify(folder: Path, source: str | None, eval_text: Path | None, progress: P
     with progress.stage("check files"):
         problems = verify_files(folder)
     detail = "; ".join(str(problem) for problem in problems) or f"{len(manifest.files)} files are as written"
-    checks = {"files": (Check("checksums", not problems, detail),)}
+    checks: dict[str, tuple[Check, ...]] = {"files": (Check("checksums", not problems, detail),)}
     if problems:
         return Verification(checks, ("artifacts were not opened: the files are not those that were written",))
     tokenizer = SourceTokenizer.load(folder / "tokenizer")

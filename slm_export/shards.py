@@ -156,7 +156,8 @@ class _Load:
     def __call__(self) -> Tensor:
         try:
             with safe_open(self._path, framework="pt") as file:
-                return file.get_tensor(self._name)
+                tensor: Tensor = file.get_tensor(self._name)
+                return tensor
         except SafetensorError as error:
             raise InputError(f"{self._path}: changed while it was read: {error}") from None
 

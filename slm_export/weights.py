@@ -63,7 +63,8 @@ class Quantized:
         rows, columns = self.shape
         assert self.bits in CODE_RANGE
         assert self.packed.shape == (rows, columns * self.bits // 8), self.packed.shape
-        assert self.scales.shape[0] == rows and columns % self.scales.shape[1] == 0, self.scales.shape
+        assert self.scales.shape[0] == rows, self.scales.shape
+        assert columns % self.scales.shape[1] == 0, self.scales.shape
 
     @property
     def group(self) -> int:

@@ -1,4 +1,4 @@
-"""This machine: the program and its tokenizer, measured where they were made."""
+"""The machine that compiles: the program and its tokenizer, measured where they were made."""
 
 from __future__ import annotations
 
