@@ -9,7 +9,7 @@ The module is transformers' own, built empty, with the parts that a `Dialect` ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -102,6 +102,7 @@ def _filled(
 ) -> nn.Module:
     """Return the module with every weight in its place."""
     module = architecture.empty_module(attention)
+    made: set[str] = set()
     for path, child in list(module.named_modules()):
         name = f"{path}.weight"
         role = checkpoint.roles.get(checkpoint.tied.get(name, name), "other")
@@ -115,7 +116,8 @@ def _filled(
             part = dialect.linear(weight, None if bias is None else bias.float32())
         _copy_settings(child, part)
         module.set_submodule(path, part)
-    _fill_the_rest(module, checkpoint)
+        made.add(path)
+    _fill_the_rest(module, checkpoint, made)
     return module
 
 
@@ -126,9 +128,11 @@ def _copy_settings(old: nn.Module, new: nn.Module) -> None:
     new.eval()
 
 
-def _fill_the_rest(module: nn.Module, checkpoint: Checkpoint) -> None:
+def _fill_the_rest(module: nn.Module, checkpoint: Checkpoint, made: Collection[str]) -> None:
     """Load what no dialect made: norms, biases, single vectors."""
     for path, child in module.named_modules():
+        if path in made:
+            continue
         for key, _ in list(child.named_parameters(recurse=False)):
             name = f"{path}.{key}" if path else key
             weight = checkpoint.weights.get(name)
