@@ -10,13 +10,15 @@ Result  one program with one method, ``forward``:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.checksums import sha256_file
 from slm_export.errors import InputError, MissingComponentError
+from slm_export.exporters.executorch_session import load_kernels, open_session, run_text_llm_runner
 from slm_export.results import Artifact, Signature
 from slm_export.runtime import ExportOptions, Session
 
@@ -37,16 +39,10 @@ class ExecuTorchExporter:
 
     def ready(self) -> None:
         """Raise MissingComponentError unless executorch can be imported, kernels included."""
-        try:
+        with _needed():
             importlib.import_module("executorch.exir")
-            from slm_export.exporters.executorch_dialect import load_operators
-
-            load_operators()
-        except ImportError as error:
-            raise MissingComponentError(
-                f"the executorch format needs the executorch package, which cannot be imported ({error}); "
-                "pip install 'slm-export[executorch]'"
-            ) from error
+            importlib.import_module("torch.ao.quantization.fx._decomposed")
+            load_kernels()
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise InputError where this checkpoint cannot be lowered."""
@@ -71,21 +67,33 @@ class ExecuTorchExporter:
 
     def open(self, path: Path, task: str) -> Session:
         """Open a program in ExecuTorch's own runtime."""
-        from slm_export.exporters.executorch_session import open_session
-
+        # Not ready(): the compiler is not needed to run a program, and takes seconds to import.
+        with _needed():
+            load_kernels()
         return open_session(path, task)
 
     def set_threads(self, count: int) -> None:
         """Let XNNPACK and the custom kernels use ``count`` threads in this process."""
-        from executorch.extension.pybindings import portable_lib
-
+        with _needed():
+            from executorch.extension.pybindings import portable_lib
         portable_lib._unsafe_reset_threadpool(count)
 
     def generate(self, path: Path, tokenizer: Path, prompt: str, tokens: int, bos: int) -> str:
         """Return greedy text of the Python binding of ``TextLLMRunner``, which is what phones run."""
-        from slm_export.exporters.executorch_session import run_text_llm_runner
-
+        with _needed():
+            load_kernels()
         return run_text_llm_runner(path, tokenizer, prompt, tokens, bos)
+
+
+@contextmanager
+def _needed() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise MissingComponentError(
+            f"the executorch format needs the executorch package, which cannot be imported ({error}); "
+            "pip install 'slm-export[executorch]'"
+        ) from error
 
 
 def _trace_decoder(checkpoint: Checkpoint, options: ExportOptions) -> ExportedProgram:

@@ -20,7 +20,7 @@ from slm_export.weights import CODE_RANGE, Dense, Quantized, Weight
 
 
 class ExecuTorchDialect:
-    """Makes parts for XNNPACK; ``load_operators`` must have been called."""
+    """Makes parts for XNNPACK; the exporter's ``ready`` has imported the operators."""
 
     def linear(self, weight: Weight, bias: Tensor | None) -> nn.Module:
         """Return a linear layer on the codes themselves, or on float32 or float16 values."""
@@ -49,14 +49,6 @@ class ExecuTorchDialect:
         sample = torch.randn(1, 3, made.weight.shape[0], generator=torch.Generator().manual_seed(0))
         # By its name alone a class may hide another formula: only an equal one takes its place.
         return made if torch.allclose(made(sample), module(sample), rtol=1e-5, atol=1e-5) else None
-
-
-def load_operators() -> None:
-    """Import what registers the operators used here, and the kernels that run them."""
-    import torch.ao.quantization.fx._decomposed  # noqa: F401
-    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
-    from executorch.extension.pybindings import portable_lib  # noqa: F401
-    from executorch.kernels import quantized  # noqa: F401
 
 
 class _QuantizedLinear(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,18 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.executorch_dialect import load_operators
 from slm_export.runtime import Session
+
+
+def load_kernels() -> None:
+    """Import what brings the runtime its kernels: XNNPACK, the LLM operators, the quantized operators."""
+    importlib.import_module("executorch.extension.pybindings.portable_lib")
+    importlib.import_module("executorch.extension.llm.custom_ops.custom_ops")
+    importlib.import_module("executorch.kernels.quantized")
 
 
 def open_session(path: Path, task: str) -> Session:
     """Open a program; InputError where it is not one, or not a program of ours."""
-    load_operators()
     from executorch.runtime import Runtime, Verification
 
     try:
@@ -91,7 +97,6 @@ def run_text_llm_runner(path: Path, tokenizer: Path, prompt: str, tokens: int, b
 
     ``bos``: how many opening tokens the runner is to put before the prompt.
     """
-    load_operators()
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
     parts: list[str] = []

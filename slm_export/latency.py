@@ -46,7 +46,6 @@ def _measure_here(request: dict[str, Any]) -> dict[str, Any]:
     from slm_export.registry import exporter
 
     runtime = exporter(request["format"])
-    runtime.ready()
     runtime.set_threads(request["threads"])
     before = resident_mb()
     began = time.perf_counter()

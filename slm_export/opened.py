@@ -56,7 +56,6 @@ def verify(folder: Path, source: str | None, eval_text: Path | None, progress: P
     notes: list[str] = []
     for entry in manifest.artifacts:
         made = exporter(entry.format)
-        made.ready()
         path = folder / entry.path
         if source is None:
             with progress.stage(f"open {entry.format}"):
@@ -157,7 +156,6 @@ def open_bundle(folder: Path, format: str | None = None) -> OpenBundle:
     if problems := [problem for problem in verify_files(folder) if problem.path.startswith(needed)]:
         raise GateError(f"{folder}: {problems[0]}; export the model again")
     made = exporter(entry.format)
-    made.ready()
     tokenizer = SourceTokenizer.load(folder / "tokenizer")
     return OpenBundle(manifest, made.open(folder / entry.path, manifest.model.task), tokenizer)
 

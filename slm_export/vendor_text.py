@@ -58,7 +58,6 @@ def _generate(request: dict[str, Any]) -> str:
     from slm_export.registry import exporter
 
     made = exporter(request["format"])
-    made.ready()
     return made.generate(
         Path(request["path"]),
         Path(request["tokenizer"]),
