@@ -7,13 +7,14 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from slm_export import __version__
-from slm_export.errors import InputError, SlmExportError
+from slm_export.errors import InputError, MachineError, SlmExportError
 
 if TYPE_CHECKING:
     from slm_export.compilation import Request
@@ -183,7 +184,10 @@ def main() -> NoReturn:
         # Whoever read our output has left, as `head` does.
         _leave(0)
     except (MemoryError, OSError) as error:
-        _fail(f"the machine failed: {error or 'out of memory'}", 4, as_json)
+        _fail(f"the machine failed: {error or 'out of memory'}", MachineError.exit_code, as_json)
+    except Exception:  # noqa: BLE001 - a bug of ours: not an exit code that means a verdict or a wrong input
+        traceback.print_exc()
+        _fail("slm-export itself is at fault; please report the lines above", MachineError.exit_code, as_json)
     _leave(0)
 
 

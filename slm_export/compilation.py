@@ -80,7 +80,7 @@ def make_plan(request: Request) -> Plan:
         InputError: something is unknown, missing or contradictory.
         MissingComponentError: a package is not installed.
     """
-    if request.model is None:
+    if not request.model:
         raise InputError(f"no model: give a model folder, or name one in {FILE_NAME} in the current folder")
     if request.target is None and request.device is None:
         raise InputError("no target: give --target android (or linux, host), or a --device")
@@ -91,13 +91,13 @@ def make_plan(request: Request) -> Plan:
             "leave out --target, or choose another --device (`slm-export devices` lists them)"
         )
     made_target = target(profile.target)
-    formats = request.formats or (profile.default_format,)
+    formats = tuple(dict.fromkeys(request.formats or (profile.default_format,)))
+    exporters = tuple(exporter(name) for name in formats)
     for name in formats:
         if name not in profile.formats:
             raise InputError(
                 f"device {profile.name} does not run format {name}; it runs {', '.join(profile.formats)}"
             )
-    exporters = tuple(exporter(name) for name in formats)
     where = (
         request.device if request.device and request.device.endswith(".toml") else f"device {profile.name}"
     )
@@ -123,7 +123,9 @@ def context_for(plan: Plan, checkpoint: Checkpoint) -> int:
     most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     asked = plan.request.context
     if asked is not None and most is not None and asked > most:
-        raise InputError(f"context {asked} is longer than the {most} positions of {checkpoint.name}")
+        raise InputError(
+            f"context {asked} is longer than the {most} positions of {checkpoint.name}; ask for {most} or fewer"
+        )
     if asked is not None:
         return asked
     if checkpoint.task != "text-generation":

@@ -42,24 +42,24 @@ def generate(
             "or export with a larger --context"
         )
     generator = torch.Generator().manual_seed(sampling.seed)
-    logits = session.logits(prompt, 0)
-    at = len(prompt)
+    fed, at = prompt, 0
     for _ in range(max_tokens):
-        token = choose(logits, sampling, generator)
+        token = choose(session.logits(fed, at), sampling, generator)
+        at += len(fed)
         if token in stop_ids:
             return
         yield token
         if at >= session.context:
             return
-        logits = session.logits([token], at)
-        at += 1
+        fed = [token]
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """Return the next token of logits (vocabulary,)."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    probabilities = (logits.to(torch.float64) / sampling.temperature).softmax(-1)
+    # Less the largest: however small the temperature is, that one stays 0 and the others go to -infinity.
+    probabilities = ((logits.to(torch.float64) - logits.max()) / sampling.temperature).softmax(-1)
     ordered, tokens = probabilities.sort(descending=True)
     # A token is kept while those before it have not reached top_p; so the first always is.
     kept = ordered.cumsum(0) - ordered < sampling.top_p

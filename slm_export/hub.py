@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from slm_export.errors import InputError, MachineError
+from slm_export.machine import machine_errors
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*_Pooling/*", "*_Dense/*"]
@@ -43,13 +44,14 @@ def _download(model: str, revision: str | None) -> Path:
     offline = constants.HF_HUB_OFFLINE
     at = f" at revision {revision}" if revision else ""
     try:
-        folder = snapshot_download(
-            model,
-            revision=revision,
-            allow_patterns=_WANTED,
-            ignore_patterns=_UNWANTED,
-            local_files_only=offline,
-        )
+        with machine_errors(f"download {model}", Path(constants.HF_HUB_CACHE)):
+            folder = snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=_WANTED,
+                ignore_patterns=_UNWANTED,
+                local_files_only=offline,
+            )
     except hub.GatedRepoError:
         raise InputError(
             f"{model}: access is gated; accept its terms on the hub, then log in with `hf auth login`"

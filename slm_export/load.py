@@ -6,10 +6,10 @@ than the configuration says, and a value that is not a number.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from slm_export.architecture import Architecture, read_architecture
@@ -18,12 +18,9 @@ from slm_export.errors import InputError
 from slm_export.shards import first_bad_value, read_shards
 from slm_export.weights import Dense
 
-# Names that old TensorFlow conversions of BERT still carry.
-_LEGACY = ((re.compile(r"\.gamma$"), ".weight"), (re.compile(r"\.beta$"), ".bias"))
-
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Open a model folder. Reads headers and configuration only, not a single weight.
+    """Open a model folder. Reads headers and configuration only, and of the weights at most a tied pair.
 
     Raises:
         InputError: whatever is wrong with the folder.
@@ -85,9 +82,9 @@ def _bind(
     """Return the tensors under the names of the module's parameters, and the tensors without a place."""
     weights: dict[str, Dense] = {}
     unused: dict[str, str] = {}
-    prefix = str(getattr(module, "base_model_prefix", ""))
+    prefix, renamed = str(getattr(module, "base_model_prefix", "")), _renamings(module)
     for stored, tensor in tensors.items():
-        name = _parameter_name(stored, parameters, prefix)
+        name = _parameter_name(renamed(stored), parameters, prefix)
         if name is None:
             unused[stored] = f"{type(module).__name__} has no such parameter"
             continue
@@ -100,8 +97,13 @@ def _bind(
     for name, owner in tied.items():
         # Stored under either name or both; only the owner's is kept.
         stored_copy = weights.pop(name, None)
-        if owner not in weights and stored_copy is not None:
-            weights[owner] = stored_copy
+        if stored_copy is None:
+            continue
+        if not torch.equal(weights.setdefault(owner, stored_copy).load(), stored_copy.load()):
+            raise InputError(
+                f"{folder}: config.json ties {name} to {owner}, but the files hold two different matrices; "
+                'the model was trained untied: set "tie_word_embeddings": false in config.json'
+            )
     missing = [name for name in parameters if name not in weights and name not in tied]
     if missing:
         raise InputError(
@@ -111,10 +113,18 @@ def _bind(
     return weights, unused
 
 
+def _renamings(module: nn.Module) -> Callable[[str], str]:
+    """Return what transformers calls a tensor of the files today: files keep the names of their day."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+    # Renamings alone: a conversion that also merges or splits tensors leaves its parameters missing, and told.
+    known = [step for step in get_model_conversion_mapping(module) if isinstance(step, WeightRenaming)]
+    return lambda stored: str(apply_renamings(stored, known))
+
+
 def _parameter_name(stored: str, parameters: Mapping[str, nn.Parameter], prefix: str) -> str | None:
     """Return the parameter that a stored name means: itself, or with the base model's prefix put on or off."""
-    for pattern, ending in _LEGACY:
-        stored = pattern.sub(ending, stored)
     for name in (stored, f"{prefix}.{stored}", stored.removeprefix(f"{prefix}.")):
         if name in parameters:
             return name

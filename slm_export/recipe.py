@@ -30,17 +30,17 @@ class QuantizationOptions:
     embedding_bits: int | None = None
     head_bits: int | None = None
 
-    def overrides(self) -> dict[str, int]:
+    def overrides(self) -> dict[str, int | None]:
         """Return the options of group-quantize that are set. ``bits`` alone speaks for embedding and head too.
 
         4 is the exception: an embedding in 4 bits costs a small model much more than it saves, so it is
         asked for by itself.
         """
-        chosen: dict[str, int] = {}
+        chosen: dict[str, int | None] = {}
         if self.bits is not None:
             chosen["bits"] = self.bits
             if self.bits != 4:
-                chosen["embedding_bits"] = self.bits
+                chosen |= {"embedding_bits": self.bits, "head_bits": None}
         for option, key in (
             (self.group_size, "group"),
             (self.embedding_bits, "embedding_bits"),
@@ -80,10 +80,13 @@ def make_pass(name: str, options: Mapping[str, Any], where: str) -> Pass:
         if key not in known:
             raise InputError(f"{where}: {name}: unknown option '{key}'{suggestion(key, known)}")
         default = known[key].default
-        kind = bool if isinstance(default, bool) else int
-        if type(value) is not kind and value is not None:
-            raise InputError(f"{where}: {name}: {key} must be {kind.__name__}, not {value!r}")
-    made: Pass = cls(**options)
+        kind, words = (bool, "true or false") if isinstance(default, bool) else (int, "a whole number")
+        if type(value) is not kind and not (value is None and default is None):
+            raise InputError(f"{where}: {name}: {key} must be {words}, not {value!r}")
+    try:
+        made: Pass = cls(**options)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     return made
 
 

