@@ -8,6 +8,7 @@ norms       the mean as a product with a constant row, so that XNNPACK takes the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slm_export.dialect import AttentionShape, Position
-from slm_export.errors import InputError
 from slm_export.weights import CODE_RANGE, Dense, Quantized, Weight
 
 
@@ -34,21 +34,19 @@ class ExecuTorchDialect:
 
     def cached_attention(self, shape: AttentionShape, position: Position) -> nn.Module:
         """Return attention over a cache of ``shape.context`` positions."""
-        if shape.window is not None or shape.softcap is not None:
-            raise InputError("sliding-window or soft-capped attention cannot be exported to ExecuTorch yet")
-        return _CachedAttention(shape, position)
+        return (_CachedAttention if shape.softcap is None else _SoftcappedAttention)(shape, position)
 
     def norm(self, module: nn.Module) -> nn.Module | None:
         """Return an equal of a normalisation whose mean is a matrix product, or None to keep it.
 
         XNNPACK has no mean over the last dimension: left alone, each norm splits the graph in two partitions.
         """
-        made = _norm_like(module)
-        if made is None:
-            return None
-        sample = torch.randn(1, 3, made.weight.shape[0], generator=torch.Generator().manual_seed(0))
-        # By its name alone a class may hide another formula: only an equal one takes its place.
-        return made if torch.allclose(made(sample), module(sample), rtol=1e-5, atol=1e-5) else None
+        for made in _norms_like(module):
+            sample = torch.randn(1, 3, made.weight.shape[0], generator=torch.Generator().manual_seed(0))
+            # By its name alone a class may hide another formula: only an equal one takes its place.
+            if torch.allclose(made(sample), module(sample), rtol=1e-5, atol=1e-5):
+                return made
+        return None
 
 
 class _QuantizedLinear(nn.Module):
@@ -136,9 +134,11 @@ class _FloatEmbedding(nn.Module):
 class _CachedAttention(nn.Module):
     def __init__(self, shape: AttentionShape, position: Position) -> None:
         super().__init__()
-        self.scaling = shape.scaling
+        self.shape = shape
         self.position = position
         size = (1, shape.context, shape.kv_heads, shape.head_dim)
+        self.k_cache: Tensor
+        self.v_cache: Tensor
         self.register_buffer("k_cache", torch.zeros(size))
         self.register_buffer("v_cache", torch.zeros(size))
 
@@ -146,10 +146,39 @@ class _CachedAttention(nn.Module):
         start, llama = self.position.start, torch.ops.llama
         llama.update_cache(key.transpose(1, 2), self.k_cache, start)
         llama.update_cache(value.transpose(1, 2), self.v_cache, start)
-        output: Tensor = llama.custom_sdpa(
-            query.transpose(1, 2), self.k_cache, self.v_cache, start, None, 0.0, True, self.scaling
+        return self.attend(query)
+
+    def attend(self, query: Tensor) -> Tensor:
+        shape = self.shape
+        # A window that no position can leave needs no mask.
+        limited = shape.window is not None and shape.window < shape.context
+        mask = self.position.mask(query.shape[2], shape.context, shape.window) if limited else None
+        output: Tensor = torch.ops.llama.custom_sdpa(
+            query.transpose(1, 2),
+            self.k_cache,
+            self.v_cache,
+            self.position.start,
+            mask,
+            0.0,
+            mask is None,
+            shape.scaling,
         )
         return output
+
+
+class _SoftcappedAttention(_CachedAttention):
+    """Scores squashed by softcap * tanh(score / softcap) (Gemma 2), which ``custom_sdpa`` cannot do."""
+
+    def attend(self, query: Tensor) -> Tensor:
+        shape = self.shape
+        assert shape.softcap is not None
+        groups = query.shape[1] // shape.kv_heads
+        keys = self.k_cache.transpose(1, 2).repeat_interleave(groups, dim=1)
+        values = self.v_cache.transpose(1, 2).repeat_interleave(groups, dim=1)
+        scores = query @ keys.transpose(2, 3) * shape.scaling
+        scores = torch.tanh(scores / shape.softcap) * shape.softcap
+        scores = scores + self.position.mask(query.shape[2], shape.context, shape.window)
+        return (scores.softmax(dim=-1) @ values).transpose(1, 2)
 
 
 class _RMSNorm(nn.Module):
@@ -184,13 +213,14 @@ class _LayerNorm(nn.Module):
         return x * torch.rsqrt(F.linear(x * x, self.average) + self.eps) * self.weight + self.bias
 
 
-def _norm_like(module: nn.Module) -> _RMSNorm | _LayerNorm | None:
+def _norms_like(module: nn.Module) -> Iterator[_RMSNorm | _LayerNorm]:
+    """Yield the norms that this module may be."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1:
-        return None
+        return
     if type(module) is nn.LayerNorm and module.bias is not None:
-        return _LayerNorm(weight, module.bias, module.eps)
+        yield _LayerNorm(weight, module.bias, module.eps)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if type(module).__name__.endswith("RMSNorm") and isinstance(eps, float):
-        return _RMSNorm(weight, eps)
-    return None
+        yield _RMSNorm(weight, eps)
+        yield _RMSNorm(1 + weight, eps)  # Gemma stores what it adds to 1

@@ -11,7 +11,7 @@ graph must be searched for the pattern that it became.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,27 @@ class AttentionShape:
 class Position:
     """Where the tokens of the current call begin in the cache; set by the decoder before its layers run."""
 
-    start: int | torch.SymInt = 0
+    def __init__(self) -> None:
+        self.start: int | torch.SymInt = 0
+        self.masks: dict[tuple[int, int | None], Tensor] = {}
+        """Masks of the current call, so that layers alike share one."""
+
+    def begin(self, start: int | torch.SymInt) -> None:
+        """Start a call at this position."""
+        self.start = start
+        self.masks = {}
+
+    def mask(self, tokens: int | torch.SymInt, context: int, window: int | None) -> Tensor:
+        """Return float32 (tokens, context), 0 where a token sees a position and -inf where it does not."""
+        key = (context, window)
+        if key not in self.masks:
+            rows: Any = torch.arange(tokens) + self.start  # type: ignore[arg-type]
+            columns = torch.arange(context).unsqueeze(0)
+            seen: Tensor = columns <= rows.unsqueeze(1)
+            if window is not None:
+                seen = seen & (columns > rows.unsqueeze(1) - window)
+            self.masks[key] = torch.where(seen, 0.0, float("-inf"))
+        return self.masks[key]
 
 
 class Dialect(Protocol):

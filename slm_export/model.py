@@ -9,7 +9,7 @@ The module is transformers' own, built empty, with the parts that a `Dialect` ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from slm_export.dialect import AttentionShape, Dialect, Position, ReferenceDiale
 from slm_export.errors import InputError
 from slm_export.load import architecture_of
 from slm_export.pooling import Pooling, additive_mask, read_pooling
+from slm_export.rope import make_traceable
 from slm_export.weights import Dense
 
 _CACHED = "slm_export_cached"
@@ -41,7 +42,7 @@ class Decoder(nn.Module):
         start: Any = input_pos[0].item()
         torch._check(start >= 0)  # type: ignore[no-untyped-call]
         torch._check(start < self.context)  # type: ignore[no-untyped-call]
-        self.position.start = start
+        self.position.begin(start)
         positions = (input_pos[0] + torch.arange(tokens.shape[1])).unsqueeze(0)
         output = self.model(
             input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=1, return_dict=True
@@ -77,6 +78,7 @@ def build_decoder(checkpoint: Checkpoint, dialect: Dialect, context: int) -> Dec
     _register_attention()
     architecture = architecture_of(checkpoint)
     model = _filled(checkpoint, architecture, _CACHED, dialect)
+    make_traceable(model, context)
     decoder = Decoder(model, Position(), context)
     _put_caches(decoder, dialect)
     return decoder.eval()
@@ -94,7 +96,9 @@ def build_reference(checkpoint: Checkpoint, *, quantize_activations: bool = Fals
     dialect = ReferenceDialect(quantize_activations=quantize_activations)
     if checkpoint.task != "text-generation":
         return build_encoder(checkpoint, dialect)
-    return _filled(checkpoint, architecture_of(checkpoint), "sdpa", dialect)
+    architecture = architecture_of(checkpoint)
+    fast = getattr(architecture.cls, "_supports_sdpa", False)
+    return _filled(checkpoint, architecture, "sdpa" if fast else "eager", dialect)
 
 
 def _filled(
@@ -114,18 +118,33 @@ def _filled(
         else:
             bias = checkpoint.weights.get(checkpoint.tied.get(f"{path}.bias", f"{path}.bias"))
             part = dialect.linear(weight, None if bias is None else bias.float32())
-        _copy_settings(child, part)
-        module.set_submodule(path, part)
+        part = _with_scale(child, part)
+        module.set_submodule(path, part.eval())
         made.add(path)
     _fill_the_rest(module, checkpoint, made)
     return module
 
 
-def _copy_settings(old: nn.Module, new: nn.Module) -> None:
-    # Families scale embeddings in a subclass of nn.Embedding; such a part would lose its scale silently.
-    if isinstance(old, nn.Embedding) and type(old) is not nn.Embedding:
-        raise InputError(f"an embedding of class {type(old).__name__} cannot be exported yet")
-    new.eval()
+class _Scaled(nn.Module):
+    def __init__(self, part: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.part, self.scale = part, scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        scaled: Tensor = self.part(ids) * self.scale
+        return scaled
+
+
+def _with_scale(old: nn.Module, part: nn.Module) -> nn.Module:
+    """Give a look-up the scale of the embedding it replaces; Gemma and others have one in a subclass."""
+    if not isinstance(old, nn.Embedding) or type(old) is nn.Embedding:
+        return part
+    scale = getattr(old, "embed_scale", None)
+    if scale is None:
+        raise InputError(
+            f"an embedding of class {type(old).__name__} does more than look up, and cannot be exported"
+        )
+    return _Scaled(part, float(scale))
 
 
 def _fill_the_rest(module: nn.Module, checkpoint: Checkpoint, made: Collection[str]) -> None:
@@ -178,6 +197,7 @@ def _put_caches(decoder: Decoder, dialect: Dialect) -> None:
     shapes: dict[nn.Module, AttentionShape] = {}
 
     def report(layer: nn.Module, key: Tensor, scaling: float, options: dict[str, Any]) -> None:
+        _refuse_unknown(options)
         shapes[layer] = AttentionShape(
             kv_heads=int(key.shape[1]),
             head_dim=int(key.shape[3]),
@@ -199,5 +219,23 @@ def _put_caches(decoder: Decoder, dialect: Dialect) -> None:
         raise InputError(
             f"{type(decoder.model).__name__} does not attend through transformers' AttentionInterface"
         )
+    _refuse_lost_windows(decoder.model.config, list(shapes.values()))
     for layer, shape in shapes.items():
         layer.cached_attention = dialect.cached_attention(shape, decoder.position)
+
+
+def _refuse_unknown(options: Mapping[str, Any]) -> None:
+    """Refuse attention that takes a tensor we know nothing of, such as learned sinks: it must not be left out."""
+    for name, value in options.items():
+        if isinstance(value, Tensor) and name not in ("position_ids", "cache_position"):
+            raise InputError(f"attention with '{name}' cannot be exported yet")
+
+
+def _refuse_lost_windows(config: Any, shapes: Sequence[AttentionShape]) -> None:
+    """A family may limit what a token sees through its mask alone, which we do not take; no limit may get lost."""
+    kinds = getattr(config, "layer_types", None) or ()
+    limited = sum(kind in ("sliding_attention", "chunked_attention") for kind in kinds)
+    if limited > sum(shape.window is not None for shape in shapes):
+        raise InputError(
+            f"{config.model_type}: its {limited} layers of limited attention cannot be exported yet"
+        )

@@ -69,7 +69,7 @@ def limit(check: Check) -> str:
 
 def options(row: PassRow) -> str:
     """Return the options of a pass as ``bits=4 group=32``."""
-    return " ".join(f"{key}={value}" for key, value in row.options.items())
+    return " ".join(f"{key}={value}" for key, value in row.options.items() if value is not None)
 
 
 def grouped_reasons(skipped: Mapping[str, str], show: int = 3) -> list[tuple[int, str, str]]:
