@@ -21,6 +21,7 @@ from slm_export.errors import InputError, MissingComponentError
 from slm_export.exporters.executorch_session import load_kernels, open_session, run_text_llm_runner
 from slm_export.results import Artifact, Signature
 from slm_export.runtime import ExportOptions, Session
+from slm_export.tasks import ENDINGS, GENERATION, output_shape
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 PREFILL_CHUNK = 512
 """Longest input of one call. Runners feed a longer prompt in pieces; room is planned for this many tokens,
 so it is a bound on memory too."""
+
+_SHORTEST = (1, 3)
+"""Least tokens of an encoder's input, tried in this order; a session pads what is shorter."""
 
 
 class ExecuTorchExporter:
@@ -46,14 +50,18 @@ class ExecuTorchExporter:
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise InputError where this checkpoint cannot be lowered."""
-        if checkpoint.task not in ("text-generation", "sentence-embedding", "text-classification"):
+        if checkpoint.task not in ENDINGS.values():
             raise InputError(f"{checkpoint.name}: task {checkpoint.task} cannot be exported to executorch")
 
     def write(self, checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Artifact:
         """Trace, lower and write the program."""
-        decodes = checkpoint.task == "text-generation"
-        program = _trace_decoder(checkpoint, options) if decodes else _trace_encoder(checkpoint, options)
-        constants = _constants(checkpoint, options) if decodes else {"get_max_seq_len": options.context}
+        decodes = checkpoint.task == GENERATION
+        if decodes:
+            least, program = 1, _trace_decoder(checkpoint, options)
+            constants = _constants(checkpoint, options)
+        else:
+            least, program = _trace_encoder(checkpoint, options)
+            constants = {"get_max_seq_len": options.context, "get_min_seq_len": least}
         _lower(program, constants, path)
         size = path.stat().st_size
         return Artifact(
@@ -62,7 +70,7 @@ class ExecuTorchExporter:
             bytes=size,
             sha256=sha256_file(path),
             bits_per_weight=8 * size / checkpoint.parameters,
-            signatures=(_signature(checkpoint, options),),
+            signatures=(_signature(checkpoint, options, least),),
         )
 
     def open(self, path: Path, task: str) -> Session:
@@ -112,8 +120,10 @@ def _trace_decoder(checkpoint: Checkpoint, options: ExportOptions) -> ExportedPr
         return export(module, example, dynamic_shapes=({1: tokens}, None), strict=False)
 
 
-def _trace_encoder(checkpoint: Checkpoint, options: ExportOptions) -> ExportedProgram:
+def _trace_encoder(checkpoint: Checkpoint, options: ExportOptions) -> tuple[int, ExportedProgram]:
+    """Return the shortest input that the graph is right for, and the graph."""
     import torch
+    from torch._dynamo.exc import UserError
     from torch.export import Dim, export
 
     from slm_export.exporters.executorch_dialect import ExecuTorchDialect
@@ -122,10 +132,17 @@ def _trace_encoder(checkpoint: Checkpoint, options: ExportOptions) -> ExportedPr
     dialect = ExecuTorchDialect()
     module = build_encoder(checkpoint, dialect)
     _exchange_norms(module, dialect)
-    tokens = Dim("tokens", min=1, max=options.context)
-    example = (torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64))
-    with torch.no_grad():
-        return export(module, example, dynamic_shapes=({1: tokens}, {1: tokens}), strict=False)
+    example = (torch.zeros(1, 5, dtype=torch.int64), torch.ones(1, 5, dtype=torch.int64))
+    for least in _SHORTEST:
+        tokens = Dim("tokens", min=least, max=options.context)
+        try:
+            with torch.no_grad():
+                return least, export(module, example, dynamic_shapes=({1: tokens}, {1: tokens}), strict=False)
+        except (UserError, ValueError):
+            # A family that looks at its neighbours (MobileBERT) has another graph for one or two tokens.
+            if least == _SHORTEST[-1]:
+                raise
+    raise AssertionError
 
 
 def _exchange_norms(module: nn.Module, dialect: Any) -> None:
@@ -174,8 +191,8 @@ def _lower(program: ExportedProgram, constants: Mapping[str, Any], path: Path) -
         executable.write_to_file(file)
 
 
-def _signature(checkpoint: Checkpoint, options: ExportOptions) -> Signature:
-    if checkpoint.task == "text-generation":
+def _signature(checkpoint: Checkpoint, options: ExportOptions, least: int) -> Signature:
+    if checkpoint.task == GENERATION:
         longest = min(PREFILL_CHUNK, options.context)
         vocabulary = checkpoint.config.get_text_config().vocab_size
         return Signature(
@@ -183,8 +200,6 @@ def _signature(checkpoint: Checkpoint, options: ExportOptions) -> Signature:
             {"tokens": f"int64[1, 1..{longest}]", "input_pos": "int64[1]"},
             {"logits": f"float32[1, {vocabulary}]"},
         )
-    inputs = dict.fromkeys(("input_ids", "attention_mask"), f"int64[1, 1..{options.context}]")
-    config = checkpoint.config
-    if checkpoint.task == "sentence-embedding":
-        return Signature("forward", inputs, {"embedding": f"float32[1, {config.hidden_size}]"})
-    return Signature("forward", inputs, {"scores": f"float32[1, {config.num_labels}]"})
+    inputs = dict.fromkeys(("input_ids", "attention_mask"), f"int64[1, tokens={least}..{options.context}]")
+    name, shape = output_shape(checkpoint.task, checkpoint.config)
+    return Signature("forward", inputs, {name: shape})

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slm_export.errors import InputError
 from slm_export.runtime import Session
+from slm_export.tasks import GENERATION
 
 
 def load_kernels() -> None:
@@ -32,7 +33,7 @@ def open_session(path: Path, task: str) -> Session:
         raise InputError(f"{path}: ExecuTorch cannot load it: {error}; export the model again") from error
     if method is None:
         raise InputError(f"{path}: has no method 'forward'; export the model again")
-    return _Decoder(program, method) if task == "text-generation" else _Encoder(program, method)
+    return _Decoder(program, method) if task == GENERATION else _Encoder(program, method)
 
 
 class _Program:
@@ -53,7 +54,7 @@ class _Program:
         del self._method, self._program
 
     def _run(self, *inputs: Tensor) -> Tensor:
-        # The runtime reuses the memory of its outputs at the next call.
+        # Without the batch; copied, because the runtime reuses the memory of its outputs at the next call.
         output: Tensor = self._method.execute(list(inputs))[0][0].clone()
         return output
 
@@ -78,12 +79,14 @@ class _Encoder(_Program):
     def __init__(self, program: Any, method: Any) -> None:
         super().__init__(program, method)
         self.context = int(self._metadata["get_max_seq_len"])
+        self._least = int(self._metadata["get_min_seq_len"])
 
     def outputs(self, tokens: Sequence[int], mask: Sequence[int]) -> Tensor:
-        """Return float32 (width,) or (classes,)."""
+        """Return float32: an embedding (width,), or scores of the shape of the task, without batch."""
         if not tokens or len(tokens) > self.context:
             raise ValueError(f"{len(tokens)} tokens do not fit a longest input of {self.context}")
-        return self._run(torch.tensor([list(tokens)]), torch.tensor([list(mask)]))
+        missing = [0] * max(0, self._least - len(tokens))
+        return self._run(torch.tensor([[*tokens, *missing]]), torch.tensor([[*mask, *missing]]))
 
 
 def _plain(values: Sequence[Any]) -> Any:

@@ -18,14 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from slm_export.errors import InputError, suggestion
-
-_TASKS = {
-    "ForCausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-    "ForSequenceClassification": "text-classification",
-    "Model": "sentence-embedding",
-}
-"""Ending of a class name -> task; the first that fits."""
+from slm_export.tasks import EMBEDDING, ENDINGS, task_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +54,7 @@ class Architecture:
         import inspect
 
         parameters = inspect.signature(self.cls.__init__).parameters
-        return self.task == "sentence-embedding" and "add_pooling_layer" in parameters
+        return self.task == EMBEDDING and "add_pooling_layer" in parameters
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -126,16 +119,15 @@ def _class_of(path: Path, raw: Mapping[str, Any]) -> Any:
                 f"{path}: architecture {names[0]} needs Python code that comes with the model (auto_map), "
                 "which is never executed here"
             )
-        known = [name for name in dir(transformers) if any(name.endswith(end) for end in _TASKS)]
+        known = [name for name in dir(transformers) if task_of(name)]
         raise InputError(f"{path}: unknown architecture '{names[0]}'{_nearest(names[0], known)}")
     return cls
 
 
 def _task_of(path: Path, name: str) -> str:
-    for ending, task in _TASKS.items():
-        if name.endswith(ending):
-            return task
-    endings = ", ".join(f"...{ending}" for ending in _TASKS)
+    if (task := task_of(name)) is not None:
+        return task
+    endings = ", ".join(f"...{ending}" for ending in ENDINGS)
     raise InputError(f"{path}: {name} is not a kind of model that can be exported; those are {endings}")
 
 

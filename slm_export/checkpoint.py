@@ -34,6 +34,8 @@ class Checkpoint:
     roles: Mapping[str, Role]
     tied: Mapping[str, str] = field(default_factory=dict)
     """Parameter that has no weight of its own -> the one it shares: lm_head.weight -> the embedding."""
+    positions: int | None = None
+    """Tokens that the position embedding or the configuration has room for; None: without bound."""
     transposed: frozenset[str] = frozenset()
     """Weights that the module holds as (in, out); here they are (out, in), like all others."""
     unused: Mapping[str, str] = field(default_factory=dict)

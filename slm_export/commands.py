@@ -8,16 +8,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from slm_export.compilation import Request, make_plan
-from slm_export.errors import GateError, InputError
+from slm_export.errors import GateError
 from slm_export.native_log import kept_from_terminal
 from slm_export.profile import load_profile, shipped_profiles
 from slm_export.progress import Progress, StderrConsole
+from slm_export.tasks import GENERATION
 from slm_export.words import figure, limit, printable
 
 
@@ -76,12 +76,17 @@ def run_command(
 ) -> None:
     """Run a bundle on a prompt."""
     with kept_from_terminal():
+        from slm_export.answers import lines
         from slm_export.generation import Sampling
         from slm_export.opened import open_bundle
 
         opened = open_bundle(folder, format)
-        if opened.manifest.model.task != "text-generation":
-            _print_outputs(opened.manifest.runtime, opened.outputs(prompt), as_json)
+        if opened.manifest.model.task != GENERATION:
+            answered = opened.answer(prompt)
+            if as_json:
+                _print_json(answered)
+            else:
+                print("\n".join(lines(answered)))
             return
         pieces = opened.text(
             prompt, max_tokens, Sampling(temperature, top_p, seed), chat=not no_chat_template
@@ -109,23 +114,6 @@ def devices_command(name: str | None, as_json: bool) -> None:
         print_profile(_stdout(), profiles[0])
     else:
         print_profiles(_stdout(), profiles)
-
-
-def _print_outputs(runtime: dict[str, Any], values: list[float], as_json: bool) -> None:
-    labels = runtime.get("labels")
-    if labels is None:
-        if as_json:
-            _print_json({"embedding": values})
-        else:
-            print(" ".join(f"{value:.6g}" for value in values))
-        return
-    if len(labels) != len(values):
-        raise InputError(f"the manifest names {len(labels)} labels, but the model gives {len(values)} scores")
-    best = labels[values.index(max(values))]
-    if as_json:
-        _print_json({"label": best, "scores": dict(zip(labels, values, strict=True))})
-    else:
-        print(best)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError
@@ -14,6 +13,7 @@ from slm_export.recipe import QuantizationOptions, Recipe, build_recipe
 from slm_export.registry import exporter, target
 from slm_export.runtime import Exporter, Target
 from slm_export.settings import FILE_NAME, Settings
+from slm_export.tasks import GENERATION
 
 DEFAULT_CONTEXT = 2048
 
@@ -119,8 +119,7 @@ def context_for(plan: Plan, checkpoint: Checkpoint) -> int:
     Raises:
         InputError: more were asked for than the model has positions.
     """
-    config: Any = checkpoint.config.get_text_config()
-    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    most = checkpoint.positions
     asked = plan.request.context
     if asked is not None and most is not None and asked > most:
         raise InputError(
@@ -128,10 +127,10 @@ def context_for(plan: Plan, checkpoint: Checkpoint) -> int:
         )
     if asked is not None:
         return asked
-    if checkpoint.task != "text-generation":
-        return int(most or DEFAULT_CONTEXT)
+    if checkpoint.task != GENERATION:
+        return most or DEFAULT_CONTEXT
     wanted = plan.profile.context or DEFAULT_CONTEXT
-    return min(wanted, int(most)) if most else wanted
+    return min(wanted, most) if most else wanted
 
 
 def _device_for(target_name: str | None, settings: Settings) -> str | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_export.child import call, serve
 from slm_export.results import EncoderLatency, Latency, TokenLatency
+from slm_export.tasks import GENERATION
 
 if TYPE_CHECKING:
     from slm_export.runtime import DecoderSession, EncoderSession
@@ -33,7 +34,7 @@ def measure(path: Path, format: str, task: str, threads: int | None = None) -> L
     """
     request = {"path": str(path), "format": format, "task": task, "threads": threads or usable_cores()}
     figures = call("slm_export.latency", request, f"measure {path.name}")
-    return TokenLatency(**figures) if task == "text-generation" else EncoderLatency(**figures)
+    return TokenLatency(**figures) if task == GENERATION else EncoderLatency(**figures)
 
 
 def usable_cores() -> int:
@@ -51,7 +52,7 @@ def _measure_here(request: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     session: Any = runtime.open(Path(request["path"]), request["task"])
     load_ms = 1000 * (time.perf_counter() - began)
-    steps = _time_decoder if request["task"] == "text-generation" else _time_encoder
+    steps = _time_decoder if request["task"] == GENERATION else _time_encoder
     figures = steps(session)
     peak = peak_resident_mb()
     return {

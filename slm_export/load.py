@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,6 +53,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         },
         roles=_roles(module, tied),
         tied=tied,
+        positions=_positions(module),
         transposed=transposed,
         unused={**not_floats, **unused},
     )
@@ -158,6 +160,20 @@ def _roles(module: nn.Module, tied: Mapping[str, str]) -> dict[str, Role]:
             if name not in tied:
                 roles[name] = role
     return roles
+
+
+def _positions(module: nn.Module) -> int | None:
+    """Return the most tokens of one input.
+
+    RoBERTa and its kin count positions from behind the padding token, so their table has rows to spare.
+    """
+    for path, child in module.named_modules():
+        if isinstance(child, nn.Embedding) and "position_embedding" in path and child.padding_idx is not None:
+            return int(child.num_embeddings) - int(child.padding_idx) - 1
+    config: Any = module.config
+    text = config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    return None if most is None else int(most)
 
 
 def _head(module: nn.Module) -> nn.Module | None:

@@ -22,6 +22,7 @@ from slm_export.errors import InputError
 from slm_export.load import architecture_of
 from slm_export.pooling import Pooling, additive_mask, read_pooling
 from slm_export.rope import make_traceable
+from slm_export.tasks import ANSWERING, EMBEDDING, GENERATION, scores
 from slm_export.weights import Dense
 
 _CACHED = "slm_export_cached"
@@ -54,22 +55,23 @@ class Decoder(nn.Module):
 class Encoder(nn.Module):
     """A bidirectional model and what is read from it."""
 
-    def __init__(self, model: nn.Module, pooling: Pooling | None) -> None:
+    def __init__(self, model: nn.Module, task: str, pooling: Pooling | None) -> None:
         super().__init__()
         self.model = model
+        self.task = task
         self.pooling = pooling
+        # A ready mask keeps transformers from looking at the values of one, which cannot be traced.
+        self.takes_ready_mask = _takes_ready_mask(model)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return float32: embedding (batch, width), or scores (batch, classes).
+        """Return float32: embedding (batch, width), or the task's scores (batch, ...).
 
         Given   int64 ids and mask (batch, n), mask 1 for a token and 0 for padding
         """
-        output = self.model(
-            input_ids=input_ids, attention_mask=additive_mask(attention_mask), return_dict=True
-        )
+        mask = additive_mask(attention_mask) if self.takes_ready_mask else attention_mask
+        output = self.model(input_ids=input_ids, attention_mask=mask, return_dict=True)
         if self.pooling is None:
-            scores: Tensor = output.logits
-            return scores
+            return scores(self.task, output)
         return self.pooling(output.last_hidden_state, attention_mask)
 
 
@@ -87,18 +89,37 @@ def build_decoder(checkpoint: Checkpoint, dialect: Dialect, context: int) -> Dec
 def build_encoder(checkpoint: Checkpoint, dialect: Dialect) -> Encoder:
     """Return the encoder and the pooling or the scores that its task calls for."""
     architecture = architecture_of(checkpoint)
-    pooling = read_pooling(checkpoint.folder) if checkpoint.task == "sentence-embedding" else None
-    return Encoder(_filled(checkpoint, architecture, "eager", dialect), pooling).eval()
+    if checkpoint.task == ANSWERING and getattr(checkpoint.config, "type_vocab_size", 1) > 1:
+        # A graph of ids and mask alone would read question and passage as one.
+        raise InputError(
+            f"{checkpoint.architecture} tells question from passage by token types, "
+            "which cannot be exported yet"
+        )
+    pooling = read_pooling(checkpoint.folder) if checkpoint.task == EMBEDDING else None
+    return Encoder(_filled(checkpoint, architecture, "eager", dialect), checkpoint.task, pooling).eval()
 
 
 def build_reference(checkpoint: Checkpoint, *, quantize_activations: bool = False) -> nn.Module:
     """Return the oracle: for a decoder transformers' own module, for an encoder an `Encoder`."""
     dialect = ReferenceDialect(quantize_activations=quantize_activations)
-    if checkpoint.task != "text-generation":
+    if checkpoint.task != GENERATION:
         return build_encoder(checkpoint, dialect)
     architecture = architecture_of(checkpoint)
     fast = getattr(architecture.cls, "_supports_sdpa", False)
     return _filled(checkpoint, architecture, "sdpa" if fast else "eager", dialect)
+
+
+def _takes_ready_mask(model: nn.Module) -> bool:
+    """Whether the model takes an additive mask of four dimensions; a few old families want (batch, n) of 0 and 1."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        ids = torch.zeros(1, 3, dtype=torch.int64)
+        try:
+            model(input_ids=ids, attention_mask=additive_mask(torch.ones(1, 3, dtype=torch.int64)))
+        except (AssertionError, IndexError, ValueError, RuntimeError):
+            return False
+    return True
 
 
 def _filled(

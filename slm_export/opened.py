@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from slm_export.answers import answer
 from slm_export.bundle import Manifest, read_manifest, verify_files
 from slm_export.errors import GateError, InputError
 from slm_export.evaltext import load_documents
@@ -131,16 +133,17 @@ class OpenBundle:
             yield detokenizer.add(token)
         yield detokenizer.flush()
 
-    def outputs(self, text: str) -> list[float]:
-        """Return an encoder's embedding or class scores of a text."""
+    def answer(self, text: str) -> dict[str, Any]:
+        """Return what an encoder says of a text, as JSON values."""
         assert isinstance(self.session, EncoderSession)
         ids = self.tokenizer.encode_with_template(text)
         if len(ids) > self.session.context:
             raise InputError(
                 f"the text has {len(ids)} tokens, but the model takes at most {self.session.context}"
             )
-        values: list[float] = self.session.outputs(ids, [1] * len(ids)).flatten().tolist()
-        return values
+        output = self.session.outputs(ids, [1] * len(ids))
+        labels = [str(label) for label in self.manifest.runtime.get("labels", [])]
+        return answer(self.manifest.model.task, output, ids, labels, self.tokenizer)
 
 
 def open_bundle(folder: Path, format: str | None = None) -> OpenBundle:

@@ -11,6 +11,7 @@ from slm_export.checksums import FileEntry, sha256_entries, sha256_file
 from slm_export.errors import InputError
 from slm_export.results import ModelFacts
 from slm_export.runtime import ExportOptions
+from slm_export.tasks import CLASSIFICATION, GENERATION, TOKENS
 from slm_export.tokenizer import SourceTokenizer
 
 _READ = (".json", ".safetensors", ".txt", ".model", ".jinja")
@@ -59,14 +60,14 @@ def refuse_large_vocabulary(source: Checkpoint, tokenizer: SourceTokenizer) -> N
 def runtime_facts(source: Checkpoint, tokenizer: SourceTokenizer, options: ExportOptions) -> dict[str, Any]:
     """Return what an app must know to run the bundle, for the manifest's ``runtime``."""
     facts: dict[str, Any] = {"task": source.task, "context": options.context}
-    if source.task == "text-generation":
+    if source.task == GENERATION:
         facts |= {
             "bos_id": tokenizer.bos_id,
             "adds_bos": tokenizer.adds_bos,
             "stop_ids": list(tokenizer.stop_ids),
             "chat_template": tokenizer.render_chat("hello") is not None,
         }
-    if source.task == "text-classification":
+    if source.task in (CLASSIFICATION, TOKENS):
         facts["labels"] = [str(source.config.id2label[i]) for i in range(source.config.num_labels)]
     return facts
 

@@ -16,9 +16,9 @@ from rich.text import Text
 
 from slm_export import words
 from slm_export.results import FormatResult, Report
+from slm_export.tasks import GENERATION
 
 SCHEMA = 1
-_GENERATES = "text-generation"
 
 
 def bundled(report: Report, folder: Path) -> Report:
@@ -71,7 +71,7 @@ def next_commands(report: Report, out: Path) -> tuple[str, ...]:
     """Return what a person would type next, quoted for a shell."""
     place = shlex.quote(str(out))
     prompt = "def fibonacci(n):" if "code" in report.model.name.lower() else "Once upon a time"
-    if report.model.task != _GENERATES:
+    if report.model.task != GENERATION:
         prompt = "The parcel arrived a day early."
     return (
         f"slm-export run {place} --prompt {shlex.quote(prompt)}",

@@ -49,7 +49,10 @@ class EncoderSession(Protocol):
     context: int
 
     def outputs(self, tokens: Sequence[int], mask: Sequence[int]) -> Tensor:
-        """Return float32 (width,): an embedding, or class scores."""
+        """Return float32: an embedding (width,), or scores of the shape of the task (see ``tasks``), without batch.
+
+        mask: 1 for a token, 0 for padding.
+        """
 
     def metadata(self) -> Mapping[str, Any]:
         """What the file says of itself."""

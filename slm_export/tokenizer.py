@@ -98,6 +98,11 @@ class SourceTokenizer:
         return self.backend.bos_token_id  # type: ignore[no-any-return]
 
     @property
+    def pad_id(self) -> int:
+        """The token that fills up behind a text; 0 where none is named, which a mask hides anyway."""
+        return int(self.backend.pad_token_id or 0)
+
+    @property
     def adds_bos(self) -> bool:
         """Whether the tokenizer puts the opening token before a text by itself."""
         return self.bos_id is not None and self.encode_with_template("a")[:1] == [self.bos_id]

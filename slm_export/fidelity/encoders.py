@@ -15,6 +15,7 @@ from slm_export.gates import Gates
 from slm_export.model import build_reference
 from slm_export.results import Check, EmbeddingQuality, ScoreQuality
 from slm_export.runtime import EncoderSession
+from slm_export.tasks import EMBEDDING, rows
 from slm_export.tokenizer import SourceTokenizer
 
 PADDING = 7
@@ -23,11 +24,17 @@ PADDING = 7
 
 @dataclass(frozen=True)
 class _Compared:
-    """Outputs (inputs, width) of the source, of the torch reference of the artifact, and of the artifact."""
+    """Outputs for one text: of the source, of the torch reference of the artifact, and of the artifact."""
 
+    text: str
     source: Tensor
     lowered: Tensor
     artifact: Tensor
+
+    @property
+    def lowering(self) -> float:
+        """The largest difference that lowering makes."""
+        return (self.artifact - self.lowered).abs().max().item()
 
 
 @torch.no_grad()
@@ -45,60 +52,48 @@ def judge_encoder(
     Given   the source model, the checkpoint that the artifact was written from, the artifact open in its runtime;
             texts of any length: what exceeds the artifact's longest input is cut
     """
-    compared = _compare(source, quantized, session, tokenizer, texts, advance)
-    if source.task == "sentence-embedding":
-        return _embeddings(compared, texts, gates)
-    return _scores(compared, texts, gates)
-
-
-def _compare(
-    source: Checkpoint,
-    quantized: Checkpoint,
-    session: EncoderSession,
-    tokenizer: SourceTokenizer,
-    texts: Sequence[str],
-    advance: Callable[[int, str], None],
-) -> _Compared:
     original = build_reference(source)
     lowered = build_reference(quantized, quantize_activations=True)
-    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    compared = []
     for index, text in enumerate(texts):
-        ids = tokenizer.encode_with_template(text)[: session.context]
-        padding = min(PADDING, session.context - len(ids)) if index % 4 == 3 else 0
-        tokens, mask = torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64)
-        padded = [*ids, *[0] * padding], [*[1] * len(ids), *[0] * padding]
-        rows.append((original(tokens, mask)[0], lowered(tokens, mask)[0], session.outputs(*padded).flatten()))
-        advance(1, "sentences")
-    return _Compared(*(torch.stack(column).to(torch.float32) for column in zip(*rows, strict=True)))
+        ids, mask = _padded(tokenizer, text, session.context, PADDING if index % 4 == 3 else 0)
+        tokens, count = (torch.tensor([ids]), torch.tensor([mask])), sum(mask)
+        outputs = (original(*tokens)[0], lowered(*tokens)[0], session.outputs(ids, mask))
+        compared.append(_Compared(text, *(rows(source.task, output, count) for output in outputs)))
+        advance(1, "texts")
+    return (_embeddings if source.task == EMBEDDING else _scores)(compared, gates)
 
 
-def _embeddings(
-    compared: _Compared, texts: Sequence[str], gates: Gates
-) -> tuple[EmbeddingQuality, tuple[Check, ...]]:
-    cosine = F.cosine_similarity(compared.source, compared.artifact, dim=-1)
-    worst = texts[int(cosine.argmin())]
+def _padded(tokenizer: SourceTokenizer, text: str, longest: int, padding: int) -> tuple[list[int], list[int]]:
+    """Return ids and mask of a text, with padding behind it where there is room."""
+    ids = tokenizer.encode_with_template(text)[:longest]
+    padding = min(padding, longest - len(ids))
+    return [*ids, *[tokenizer.pad_id] * padding], [*[1] * len(ids), *[0] * padding]
+
+
+def _embeddings(compared: Sequence[_Compared], gates: Gates) -> tuple[EmbeddingQuality, tuple[Check, ...]]:
+    cosines = [F.cosine_similarity(one.source, one.artifact, dim=-1).item() for one in compared]
+    worst = compared[cosines.index(min(cosines))].text
     quality = EmbeddingQuality(
-        cosine_min=cosine.min().item(),
-        cosine_mean=cosine.mean().item(),
-        sentences=len(texts),
+        cosine_min=min(cosines),
+        cosine_mean=sum(cosines) / len(cosines),
+        sentences=len(compared),
         worst_sentence=worst,
-        lowering_max_abs=(compared.artifact - compared.lowered).abs().max().item(),
+        lowering_max_abs=max(one.lowering for one in compared),
     )
     detail = f"furthest from the source on {worst[:120]!r}"
     return quality, checks_of(quality, gates, dict.fromkeys(("cosine_min", "cosine_mean"), detail))
 
 
-def _scores(
-    compared: _Compared, texts: Sequence[str], gates: Gates
-) -> tuple[ScoreQuality, tuple[Check, ...]]:
-    agree = compared.source.argmax(-1) == compared.artifact.argmax(-1)
-    apart = (compared.source - compared.artifact).abs()
+def _scores(compared: Sequence[_Compared], gates: Gates) -> tuple[ScoreQuality, tuple[Check, ...]]:
+    agree = torch.cat([one.source.argmax(-1) == one.artifact.argmax(-1) for one in compared])
+    apart = [(one.source - one.artifact).abs().max().item() for one in compared]
+    worst = compared[apart.index(max(apart))].text
     quality = ScoreQuality(
         agreement=agree.to(torch.float32).mean().item(),
-        max_abs=apart.max().item(),
-        sentences=len(texts),
-        lowering_max_abs=(compared.artifact - compared.lowered).abs().max().item(),
+        max_abs=max(apart),
+        sentences=len(compared),
+        lowering_max_abs=max(one.lowering for one in compared),
     )
-    worst = texts[int(apart.amax(-1).argmax())]
     detail = f"scores are furthest apart on {worst[:120]!r}"
     return quality, checks_of(quality, gates, dict.fromkeys(("agreement", "max_abs"), detail))

@@ -8,6 +8,7 @@ cost a small model; a product should state its own.
 from __future__ import annotations
 
 from slm_export.gates import Gates
+from slm_export.tasks import EMBEDDING, GENERATION
 
 # Lowering: activations are rounded to int8 on both sides. Where a value lies on the edge of a step the two may
 # round apart, and the difference spreads; so this is a small fraction of what the rounding itself costs, not 0.
@@ -45,12 +46,11 @@ _SCORES = {
     16: Gates(min_agreement=0.99),
 }
 _BY_TASK = {
-    "text-generation": _DECODER,
-    "sentence-embedding": _EMBEDDING,
-    "text-classification": _SCORES,
+    GENERATION: _DECODER,
+    EMBEDDING: _EMBEDDING,
 }
 
 
 def default_gates(task: str, bits: int) -> Gates:
     """Return the thresholds for a task and the fewest bits of any weight in the recipe; 32 counts as 16."""
-    return _BY_TASK[task][min(bits, 16)]
+    return _BY_TASK.get(task, _SCORES)[min(bits, 16)]

@@ -10,6 +10,7 @@ from typing import Any
 from slm_export.conformance import cases, compare
 from slm_export.results import Check
 from slm_export.runtime_tokenizers import ExecuTorchTokenizer, TokenizerLoadError
+from slm_export.tasks import GENERATION
 from slm_export.tokenizer import SourceTokenizer
 
 MOST_PARTED = 0.1
@@ -33,7 +34,7 @@ def judge_tokenizer(source: SourceTokenizer, bundled: Path, task: str) -> Tokeni
     An encoder is fed token ids by the app, with whatever tokenizer the app has; ExecuTorch's not reading
     the file is then worth a note, not a failure. A decoder runs in ExecuTorch's own runner.
     """
-    decodes = task == "text-generation"
+    decodes = task == GENERATION
     try:
         runtime = ExecuTorchTokenizer(bundled)
     except TokenizerLoadError as error:
