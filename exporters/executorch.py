@@ -55,14 +55,8 @@ class ExecuTorchExporter:
 
     def write(self, checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Artifact:
         """Trace, lower and write the program."""
-        decodes = checkpoint.task == GENERATION
-        if decodes:
-            least, program = 1, _trace_decoder(checkpoint, options)
-            constants = _constants(checkpoint, options)
-        else:
-            least, program = _trace_encoder(checkpoint, options)
-            constants = {"get_max_seq_len": options.context, "get_min_seq_len": least}
-        _lower(program, constants, path)
+        write = _write_decoder if checkpoint.task == GENERATION else _write_encoder
+        signature = write(checkpoint, options, path)
         size = path.stat().st_size
         return Artifact(
             path=path,
@@ -70,7 +64,7 @@ class ExecuTorchExporter:
             bytes=size,
             sha256=sha256_file(path),
             bits_per_weight=8 * size / checkpoint.parameters,
-            signatures=(_signature(checkpoint, options, least),),
+            signatures=(signature,),
         )
 
     def open(self, path: Path, task: str) -> Session:
@@ -104,51 +98,25 @@ def _needed() -> Iterator[None]:
         ) from error
 
 
-def _trace_decoder(checkpoint: Checkpoint, options: ExportOptions) -> ExportedProgram:
+def _write_decoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Signature:
     import torch
     from torch.export import Dim, export
 
     from slm_export.exporters.executorch_dialect import ExecuTorchDialect
+    from slm_export.exporters.executorch_lowering import lower
     from slm_export.model import build_decoder
 
     dialect = ExecuTorchDialect()
-    module = build_decoder(checkpoint, dialect, options.context)
-    _exchange_norms(module, dialect)
-    tokens = Dim("tokens", min=1, max=min(PREFILL_CHUNK, options.context))
+    longest = min(PREFILL_CHUNK, options.context)
+    module = dialect.with_norms(build_decoder(checkpoint, dialect, options.context))
     example = (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    tokens = Dim("tokens", min=1, max=longest)
     with torch.no_grad():
-        return export(module, example, dynamic_shapes=({1: tokens}, None), strict=False)
-
-
-def _trace_encoder(checkpoint: Checkpoint, options: ExportOptions) -> tuple[int, ExportedProgram]:
-    """Return the shortest input that the graph is right for, and the graph."""
-    import torch
-    from torch._dynamo.exc import UserError
-    from torch.export import Dim, export
-
-    from slm_export.exporters.executorch_dialect import ExecuTorchDialect
-    from slm_export.model import build_encoder
-
-    dialect = ExecuTorchDialect()
-    module = build_encoder(checkpoint, dialect)
-    _exchange_norms(module, dialect)
-    example = (torch.zeros(1, 5, dtype=torch.int64), torch.ones(1, 5, dtype=torch.int64))
-    for least in _SHORTEST:
-        tokens = Dim("tokens", min=least, max=options.context)
-        try:
-            with torch.no_grad():
-                return least, export(module, example, dynamic_shapes=({1: tokens}, {1: tokens}), strict=False)
-        except (UserError, ValueError):
-            # A family that looks at its neighbours (MobileBERT) has another graph for one or two tokens.
-            if least == _SHORTEST[-1]:
-                raise
-    raise AssertionError
-
-
-def _exchange_norms(module: nn.Module, dialect: Any) -> None:
-    for path, child in list(module.named_modules()):
-        if (faster := dialect.norm(child)) is not None:
-            module.set_submodule(path, faster.eval())
+        program = export(module, example, dynamic_shapes=({1: tokens}, None), strict=False)
+    lower(program, _constants(checkpoint, options), path)
+    vocabulary = checkpoint.config.get_text_config().vocab_size
+    inputs = {"tokens": f"int64[1, 1..{longest}]", "input_pos": "int64[1]"}
+    return Signature("forward", inputs, {"logits": f"float32[1, {vocabulary}]"})
 
 
 def _constants(checkpoint: Checkpoint, options: ExportOptions) -> Mapping[str, Any]:
@@ -167,39 +135,40 @@ def _constants(checkpoint: Checkpoint, options: ExportOptions) -> Mapping[str, A
     return constants
 
 
-def _lower(program: ExportedProgram, constants: Mapping[str, Any], path: Path) -> None:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
-    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+def _write_encoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Signature:
+    from slm_export.exporters.executorch_dialect import ExecuTorchDialect
+    from slm_export.exporters.executorch_lowering import lower
+    from slm_export.model import build_encoder
 
-    edge = to_edge_transform_and_lower(
-        program,
-        partitioner=[XnnpackPartitioner()],
-        # The operators of `llama` and `quantized_decomposed` are not core ATen, and rightly so.
-        compile_config=EdgeCompileConfig(_check_ir_validity=False),
-        constant_methods=dict(constants),
-    )
-    executable = edge.to_executorch(
-        ExecutorchBackendConfig(
-            # Weights in a segment of their own are mapped, and freed once XNNPACK has packed them.
-            extract_delegate_segments=True,
-            do_quant_fusion_and_const_prop=True,
-            sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
-        )
-    )
-    with open(path, "wb") as file:
-        executable.write_to_file(file)
-
-
-def _signature(checkpoint: Checkpoint, options: ExportOptions, least: int) -> Signature:
-    if checkpoint.task == GENERATION:
-        longest = min(PREFILL_CHUNK, options.context)
-        vocabulary = checkpoint.config.get_text_config().vocab_size
-        return Signature(
-            "forward",
-            {"tokens": f"int64[1, 1..{longest}]", "input_pos": "int64[1]"},
-            {"logits": f"float32[1, {vocabulary}]"},
-        )
-    inputs = dict.fromkeys(("input_ids", "attention_mask"), f"int64[1, tokens={least}..{options.context}]")
+    dialect = ExecuTorchDialect()
+    encoder = build_encoder(checkpoint, dialect)
+    names = ["input_ids", "attention_mask", "token_type_ids"][: 2 + encoder.takes_token_types]
+    least, program = _trace_encoder(dialect.with_norms(encoder), len(names), options.context)
+    constants = {
+        "get_max_seq_len": options.context,
+        "get_min_seq_len": least,
+        "takes_token_types": encoder.takes_token_types,
+    }
+    lower(program, constants, path)
+    inputs = dict.fromkeys(names, f"int64[1, tokens={least}..{options.context}]")
     name, shape = output_shape(checkpoint.task, checkpoint.config)
     return Signature("forward", inputs, {name: shape})
+
+
+def _trace_encoder(module: nn.Module, inputs: int, longest: int) -> tuple[int, ExportedProgram]:
+    """Return the shortest input that the graph is right for, and the graph."""
+    import torch
+    from torch._dynamo.exc import UserError
+    from torch.export import Dim, export
+
+    example = tuple(torch.ones(1, 5, dtype=torch.int64) for _ in range(inputs))
+    for least in _SHORTEST:
+        tokens = Dim("tokens", min=least, max=longest)
+        try:
+            with torch.no_grad():
+                return least, export(module, example, dynamic_shapes=({1: tokens},) * inputs, strict=False)
+        except (UserError, ValueError):
+            # A family that looks at its neighbours (MobileBERT) has another graph for one or two tokens.
+            if least == _SHORTEST[-1]:
+                raise
+    raise AssertionError

@@ -36,11 +36,17 @@ class ExecuTorchDialect:
         """Return attention over a cache of ``shape.context`` positions."""
         return (_CachedAttention if shape.softcap is None else _SoftcappedAttention)(shape, position)
 
-    def norm(self, module: nn.Module) -> nn.Module | None:
-        """Return an equal of a normalisation whose mean is a matrix product, or None to keep it.
+    def with_norms(self, model: nn.Module) -> nn.Module:
+        """Return the model with every norm exchanged for an equal whose mean is a matrix product.
 
         XNNPACK has no mean over the last dimension: left alone, each norm splits the graph in two partitions.
         """
+        for path, child in list(model.named_modules()):
+            if (equal := self._norm(child)) is not None:
+                model.set_submodule(path, equal.eval())
+        return model
+
+    def _norm(self, module: nn.Module) -> nn.Module | None:
         for made in _norms_like(module):
             sample = torch.randn(1, 3, made.weight.shape[0], generator=torch.Generator().manual_seed(0))
             # By its name alone a class may hide another formula: only an equal one takes its place.

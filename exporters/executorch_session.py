@@ -81,12 +81,15 @@ class _Encoder(_Program):
         self.context = int(self._metadata["get_max_seq_len"])
         self._least = int(self._metadata["get_min_seq_len"])
 
-    def outputs(self, tokens: Sequence[int], mask: Sequence[int]) -> Tensor:
+    def outputs(self, tokens: Sequence[int], mask: Sequence[int], types: Sequence[int] = ()) -> Tensor:
         """Return float32: an embedding (width,), or scores of the shape of the task, without batch."""
         if not tokens or len(tokens) > self.context:
             raise ValueError(f"{len(tokens)} tokens do not fit a longest input of {self.context}")
+        inputs = [tokens, mask]
+        if self._metadata["takes_token_types"]:
+            inputs.append(types or [0] * len(tokens))
         missing = [0] * max(0, self._least - len(tokens))
-        return self._run(torch.tensor([[*tokens, *missing]]), torch.tensor([[*mask, *missing]]))
+        return self._run(*(torch.tensor([[*values, *missing]]) for values in inputs))
 
 
 def _plain(values: Sequence[Any]) -> Any:

@@ -1,7 +1,7 @@
 """Checkpoint -> torch module, ready to run or to trace.
 
     build_decoder     tokens (1, n), input_pos (1,)  ->  logits (1, vocabulary) of the last token, KV cache inside
-    build_encoder     input_ids (1, n), attention_mask (1, n)  ->  embedding (1, width) or scores (1, classes)
+    build_encoder     input_ids (1, n), attention_mask (1, n)  ->  embedding (1, width) or the scores of its task
     build_reference   the same model as transformers runs it, whole sequences, one weight in memory at a time
 
 The module is transformers' own, built empty, with the parts that a `Dialect` makes put in.
@@ -63,13 +63,22 @@ class Encoder(nn.Module):
         # A ready mask keeps transformers from looking at the values of one, which cannot be traced.
         self.takes_ready_mask = _takes_ready_mask(model)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    @property
+    def takes_token_types(self) -> bool:
+        """Whether question and passage are told apart by a third input."""
+        return self.task == ANSWERING and getattr(self.model.config, "type_vocab_size", 1) > 1
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
         """Return float32: embedding (batch, width), or the task's scores (batch, ...).
 
-        Given   int64 ids and mask (batch, n), mask 1 for a token and 0 for padding
+        Given   int64 ids and mask (batch, n), mask 1 for a token and 0 for padding; types (batch, n), 0 for the
+                question and 1 for the passage, where the model tells them apart
         """
         mask = additive_mask(attention_mask) if self.takes_ready_mask else attention_mask
-        output = self.model(input_ids=input_ids, attention_mask=mask, return_dict=True)
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        output = self.model(input_ids=input_ids, attention_mask=mask, return_dict=True, **types)
         if self.pooling is None:
             return scores(self.task, output)
         return self.pooling(output.last_hidden_state, attention_mask)
@@ -89,12 +98,6 @@ def build_decoder(checkpoint: Checkpoint, dialect: Dialect, context: int) -> Dec
 def build_encoder(checkpoint: Checkpoint, dialect: Dialect) -> Encoder:
     """Return the encoder and the pooling or the scores that its task calls for."""
     architecture = architecture_of(checkpoint)
-    if checkpoint.task == ANSWERING and getattr(checkpoint.config, "type_vocab_size", 1) > 1:
-        # A graph of ids and mask alone would read question and passage as one.
-        raise InputError(
-            f"{checkpoint.architecture} tells question from passage by token types, "
-            "which cannot be exported yet"
-        )
     pooling = read_pooling(checkpoint.folder) if checkpoint.task == EMBEDDING else None
     return Encoder(_filled(checkpoint, architecture, "eager", dialect), checkpoint.task, pooling).eval()
 

@@ -48,10 +48,10 @@ class EncoderSession(Protocol):
 
     context: int
 
-    def outputs(self, tokens: Sequence[int], mask: Sequence[int]) -> Tensor:
+    def outputs(self, tokens: Sequence[int], mask: Sequence[int], types: Sequence[int] = ()) -> Tensor:
         """Return float32: an embedding (width,), or scores of the shape of the task (see ``tasks``), without batch.
 
-        mask: 1 for a token, 0 for padding.
+        mask: 1 for a token, 0 for padding. types: 0 for a question and 1 for its passage; needed only there.
         """
 
     def metadata(self) -> Mapping[str, Any]:

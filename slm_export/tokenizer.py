@@ -76,6 +76,11 @@ class SourceTokenizer:
         """Return the ids of a text with the special tokens that the tokenizer adds around it."""
         return self._ids(text, special=True)
 
+    def encode_pair(self, question: str, passage: str) -> tuple[list[int], list[int]]:
+        """Return ids and token types of a question with a passage; no types where the tokenizer makes none."""
+        encoded = self.backend(question, passage, truncation=False, verbose=False)
+        return encoded["input_ids"], encoded.get("token_type_ids", [])
+
     def _ids(self, text: str, *, special: bool) -> list[int]:
         # Windows are cut later: neither truncation nor a warning about the length is wanted here.
         encoded = self.backend(text, add_special_tokens=special, truncation=False, verbose=False)

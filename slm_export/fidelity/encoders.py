@@ -15,7 +15,7 @@ from slm_export.gates import Gates
 from slm_export.model import build_reference
 from slm_export.results import Check, EmbeddingQuality, ScoreQuality
 from slm_export.runtime import EncoderSession
-from slm_export.tasks import EMBEDDING, rows
+from slm_export.tasks import ANSWERING, EMBEDDING, rows
 from slm_export.tokenizer import SourceTokenizer
 
 PADDING = 7
@@ -56,19 +56,28 @@ def judge_encoder(
     lowered = build_reference(quantized, quantize_activations=True)
     compared = []
     for index, text in enumerate(texts):
-        ids, mask = _padded(tokenizer, text, session.context, PADDING if index % 4 == 3 else 0)
-        tokens, count = (torch.tensor([ids]), torch.tensor([mask])), sum(mask)
-        outputs = (original(*tokens)[0], lowered(*tokens)[0], session.outputs(ids, mask))
-        compared.append(_Compared(text, *(rows(source.task, output, count) for output in outputs)))
+        question = texts[index - 1] if source.task == ANSWERING else None
+        inputs = _inputs(tokenizer, text, question, session.context, PADDING if index % 4 == 3 else 0)
+        tensors = [torch.tensor([values]) for values in inputs if values]
+        outputs = (original(*tensors)[0], lowered(*tensors)[0], session.outputs(*inputs))
+        compared.append(_Compared(text, *(rows(source.task, output, sum(inputs[1])) for output in outputs)))
         advance(1, "texts")
     return (_embeddings if source.task == EMBEDDING else _scores)(compared, gates)
 
 
-def _padded(tokenizer: SourceTokenizer, text: str, longest: int, padding: int) -> tuple[list[int], list[int]]:
-    """Return ids and mask of a text, with padding behind it where there is room."""
-    ids = tokenizer.encode_with_template(text)[:longest]
+def _inputs(
+    tokenizer: SourceTokenizer, text: str, question: str | None, longest: int, padding: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Return ids, mask and token types (empty without a question), with padding behind where there is room."""
+    types: list[int] = []
+    if question is None:
+        ids = tokenizer.encode_with_template(text)[:longest]
+    else:
+        ids, types = tokenizer.encode_pair(question, text)
+        ids, types = ids[:longest], types[:longest]
     padding = min(padding, longest - len(ids))
-    return [*ids, *[tokenizer.pad_id] * padding], [*[1] * len(ids), *[0] * padding]
+    blank = [0] * padding
+    return [*ids, *[tokenizer.pad_id] * padding], [*[1] * len(ids), *blank], [*types, *blank] if types else []
 
 
 def _embeddings(compared: Sequence[_Compared], gates: Gates) -> tuple[EmbeddingQuality, tuple[Check, ...]]:
