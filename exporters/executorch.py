@@ -92,6 +92,8 @@ def _needed() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
+        if (error.name or "").split(".")[0] == "slm_export":
+            raise  # a mistake of ours is not a missing package
         raise MissingComponentError(
             f"the executorch format needs the executorch package, which cannot be imported ({error}); "
             "pip install 'slm-export[executorch]'"

@@ -56,7 +56,7 @@ class GroupQuantize:
 
     def run(self, checkpoint: Checkpoint) -> PassResult:
         """Quantize every matrix of the checkpoint, one at a time."""
-        self._refuse(checkpoint)
+        self.check(checkpoint)
         changed: dict[str, Weight] = {}
         skipped: dict[str, str] = {}
         for name, weight in checkpoint.weights.items():
@@ -90,8 +90,8 @@ class GroupQuantize:
             return f"{weight.shape[1]} columns do not divide by {GROUPS[0]}, the smallest group"
         return quantize(weight.float32(), bits, self.group if bits == 4 else weight.shape[1], self.search)
 
-    def _refuse(self, checkpoint: Checkpoint) -> None:
-        """Refuse what cannot mean what the user asked for, before any work."""
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Refuse what cannot mean what the user asked for."""
         if checkpoint.tied and self.head_bits not in (None, self.embedding_bits):
             raise InputError(
                 f"head bits {self.head_bits} and embedding bits {self.embedding_bits} differ, but this model "

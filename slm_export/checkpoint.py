@@ -76,5 +76,8 @@ class Pass(Protocol):
 
     name: ClassVar[str]
 
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise InputError where the options do not fit the model; reads no weight."""
+
     def run(self, checkpoint: Checkpoint) -> PassResult:
-        """Return the transformed checkpoint; InputError where the options do not fit the model."""
+        """Return the transformed checkpoint, of one that ``check`` accepts."""

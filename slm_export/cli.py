@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from slm_export.compilation import Request
 
 INTERRUPTED = 130
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_CLEANING_UP_S = 5.0
 _BITS = click.Choice(["4", "8", "16", "32"])
 _JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else."
@@ -165,8 +168,7 @@ def _request(options: dict[str, Any]) -> Request:
 
 def main() -> NoReturn:
     """Run the command line and exit with the code of the contract."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    _catch_signals()
     as_json = "--json" in sys.argv[1:]
     try:
         cli.main(standalone_mode=False)
@@ -191,8 +193,20 @@ def main() -> NoReturn:
     _leave(0)
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+def _catch_signals() -> None:
+    """Let a signal unwind everything, and those that follow at once not interrupt the cleaning up."""
+    last = -_CLEANING_UP_S
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= _CLEANING_UP_S:
+            last = now
+            raise KeyboardInterrupt
+
+    for number in _SIGNALS:
+        # What is ignored already stays so: `nohup` asks for that.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
 
 
 def _fail(message: str, code: int, as_json: bool, report: Any = None) -> NoReturn:
@@ -213,4 +227,7 @@ def _leave(code: int) -> NoReturn:
         sys.stdout.flush()
     except (OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    # The outcome is decided; a late Ctrl-C must not make another of it.
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(code)

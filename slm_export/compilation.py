@@ -74,11 +74,10 @@ class Plan:
 
 
 def make_plan(request: Request) -> Plan:
-    """Look up device, recipe, formats and target, and see that everything they need is installed.
+    """Look up device, recipe, formats and target.
 
     Raises:
         InputError: something is unknown, missing or contradictory.
-        MissingComponentError: a package is not installed.
     """
     if not request.model:
         raise InputError(f"no model: give a model folder, or name one in {FILE_NAME} in the current folder")
@@ -102,9 +101,6 @@ def make_plan(request: Request) -> Plan:
         request.device if request.device and request.device.endswith(".toml") else f"device {profile.name}"
     )
     recipe = build_recipe(profile.recipe, request.quantization, where)
-    made_target.ready()
-    for made in exporters:
-        made.ready()
     notes = []
     if not request.verify:
         notes.append("fidelity was not verified, and no gate on it judged (--no-verify)")

@@ -47,10 +47,12 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
     began = time.monotonic()
     folder = find_model(plan.model, plan.request.revision)
     documents = load_documents(plan.request.eval_text)
+    # Only now, because a compiler takes seconds to import: a mistyped folder is told of at once.
+    for component in (plan.target, *plan.exporters):
+        component.ready()
     out = plan.request.out or Path(f"{folder.resolve().name}-{plan.profile.target}")
     with bundle.staged(out, plan.request.force) as staging:
-        source, tokenizer = _read(plan, folder, progress)
-        options = ExportOptions(context_for(plan, source), tokenizer.stop_ids, tokenizer.bos_id)
+        source, tokenizer, options = _read(plan, folder, progress)
         checkpoint, passes = _optimize(plan, source, progress)
         gates = _gates(plan, checkpoint)
         plan.target.bundle(tokenizer, staging.path)
@@ -92,16 +94,20 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
         return report, staging.commit()
 
 
-def _read(plan: Plan, folder: Path, progress: Progress) -> tuple[Checkpoint, SourceTokenizer]:
+def _read(plan: Plan, folder: Path, progress: Progress) -> tuple[Checkpoint, SourceTokenizer, ExportOptions]:
+    """Read the model; whatever can be refused by its headers is refused before its weights are read."""
     with progress.stage("read the model"):
         source = load_checkpoint(folder)
         tokenizer = SourceTokenizer.load(folder)
         refuse_large_vocabulary(source, tokenizer)
         for exporter in plan.exporters:
             exporter.check(source)
+        for step in plan.recipe:
+            step.check(source)
+        options = ExportOptions(context_for(plan, source), tokenizer.stop_ids, tokenizer.bos_id)
     with progress.stage("check every weight", total=len(source.weights)) as stage:
         check_values(source, stage.advance)
-    return source, tokenizer
+    return source, tokenizer, options
 
 
 def _optimize(plan: Plan, source: Checkpoint, progress: Progress) -> tuple[Checkpoint, tuple[PassRow, ...]]:

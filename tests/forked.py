@@ -6,6 +6,7 @@ folder, output and exit code, as ``python -m slm_export`` has; only the imports 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -44,7 +45,12 @@ def forked(environment: dict[str, str]) -> Iterator[Forked]:
     """Yield a server, ended afterwards."""
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        [sys.executable, __file__], env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, __file__],
+        env=environment,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=subprocess.DEVNULL,
+        text=True,
     ) as server:
         yield Forked(server)
         assert server.stdin
@@ -56,11 +62,10 @@ def _serve() -> dict[str, Any]:
     import executorch.exir  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import slm_export.driver
-    import slm_export.report
     from slm_export.exporters.executorch import ExecuTorchExporter
 
     ExecuTorchExporter().ready()
+    gc.freeze()  # collecting what is shared would copy it
     for line in sys.stdin:
         if (child := os.fork()) == 0:
             return dict(json.loads(line))

@@ -10,8 +10,7 @@ import pytest
 from checkpoints import checkpoint
 
 from slm_export import compilation
-from slm_export.checkpoint import Checkpoint
-from slm_export.compilation import DEFAULT_CONTEXT, Plan, Request, context_for, make_plan
+from slm_export.compilation import DEFAULT_CONTEXT, Request, context_for, make_plan
 from slm_export.errors import InputError, MissingComponentError
 from slm_export.gates import Gates
 from slm_export.optimizers.group_quantize import GroupQuantize
@@ -161,8 +160,14 @@ def test_what_was_not_proved_is_noted():
         ({"device": "pixel8"}, "unknown device 'pixel8'; did you mean 'pixel-8'?"),
         ({"device": "none.toml"}, "none.toml: no such file"),
         ({"target": "linux", "device": "pixel-8"}, "device pixel-8 belongs to target android, not linux"),
-        ({"target": "android", "formats": ("onnx",)}, "format 'onnx' cannot be exported yet; available: exec"),
-        ({"target": "host", "formats": ("executorh",)}, "unknown format 'executorh'; did you mean 'executorch'?"),
+        (
+            {"target": "android", "formats": ("onnx",)},
+            "format 'onnx' cannot be exported yet; available: exec",
+        ),
+        (
+            {"target": "host", "formats": ("executorh",)},
+            "unknown format 'executorh'; did you mean 'executorch'?",
+        ),
     ],
 )
 def test_mistakes_are_refused(request_, expected):
@@ -200,11 +205,8 @@ def test_a_missing_component_is_told_before_any_work(monkeypatch):
 
 
 def room(positions: int | None, asked: int | None, profile: int | None, task: str = "text-generation") -> int:
-    text = SimpleNamespace() if positions is None else SimpleNamespace(max_position_embeddings=positions)
-    config = SimpleNamespace(get_text_config=lambda: text)
-    source: Checkpoint = replace(checkpoint({}), config=config, task=task)
     plan = SimpleNamespace(request=Request(context=asked), profile=SimpleNamespace(context=profile))
-    return context_for(plan, source)  # type: ignore[arg-type]
+    return context_for(plan, replace(checkpoint({}), positions=positions, task=task))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -229,11 +231,7 @@ def test_an_encoder_takes_as_much_as_it_can():
 
 
 def test_more_than_the_model_has_positions_is_refused():
-    with pytest.raises(InputError, match="context 65 is longer than the 64 positions of model; ask for 64 or fewer"):
+    with pytest.raises(
+        InputError, match="context 65 is longer than the 64 positions of model; ask for 64 or fewer"
+    ):
         room(64, 65, None)
-
-
-def test_gpt2_spells_its_positions_in_its_own_way():
-    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(n_positions=64))
-    plan: Plan = SimpleNamespace(request=Request(), profile=SimpleNamespace(context=None))  # type: ignore[assignment]
-    assert context_for(plan, replace(checkpoint({}), config=config)) == 64

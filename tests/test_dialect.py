@@ -48,7 +48,7 @@ def rows(draw: st.DrawFn) -> Tensor:
 
 def as_executorch_does(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return x after quantized_decomposed's round trip, and the step of each row."""
-    import torch.ao.quantization.fx._decomposed  # noqa: F401
+    import torch.ao.quantization.fx._decomposed
 
     ops: Any = torch.ops.quantized_decomposed
     scale, zero = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
@@ -60,7 +60,11 @@ def as_executorch_does(x: Tensor) -> tuple[Tensor, Tensor]:
 @given(rows())
 def test_activations_are_rounded_within_one_step_of_executorch(x):
     expected, step = as_executorch_does(x)
-    assert ((fake_quantize_per_token(x) - expected).abs() <= step * 1.001).all()
+    steps = (fake_quantize_per_token(x) - expected).abs() / step
+    assert (steps <= 1.001).all()
+    # Dividing by a step and multiplying by its inverse round apart only where a value is half-way between codes.
+    # ExecuTorch's reference has no step below float32's epsilon; XNNPACK, which is followed here, has.
+    assert (steps[step[:, 0] > 1.2e-7] <= 0.001).float().sum() >= 0.95 * (step > 1.2e-7).sum() * 32
 
 
 @given(rows())

@@ -145,7 +145,17 @@ def test_run_streams_what_it_prints_at_once(decoder: tuple[Path, dict[str, Any]]
 
 def test_run_samples_by_its_seed(decoder: tuple[Path, dict[str, Any]], cli: Cli) -> None:
     def sample(seed: int) -> str:
-        options = ("--temperature", "1", "--top-p", "0.9", "--max-tokens", "16", "--seed", str(seed), "--json")
+        options = (
+            "--temperature",
+            "1",
+            "--top-p",
+            "0.9",
+            "--max-tokens",
+            "16",
+            "--seed",
+            str(seed),
+            "--json",
+        )
         done = cli("run", decoder[0], "--prompt", "import ", *options)
         text: str = json.loads(done.stdout)["text"]
         return text

@@ -40,7 +40,9 @@ class Exported:
 
 
 @pytest.fixture(scope="module", params=WIDTHS)
-def exported(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported(
+    request: pytest.FixtureRequest, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Exported:
     source = load_checkpoint(tiny_llama)
     quantized = WIDTHS[request.param].run(source).checkpoint
     exporter = ExecuTorchExporter()
@@ -96,7 +98,9 @@ def test_an_earlier_conversation_leaves_no_trace(exported: Exported, tokens: lis
 
 
 @pytest.mark.parametrize("exported", ["32 bits"], indirect=True)
-def test_unquantized_it_matches_transformers_eager(exported: Exported, tiny_llama: Path, tokens: list[int]) -> None:
+def test_unquantized_it_matches_transformers_eager(
+    exported: Exported, tiny_llama: Path, tokens: list[int]
+) -> None:
     from transformers import AutoModelForCausalLM
 
     eager = AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation="eager", dtype=torch.float32)

@@ -84,7 +84,11 @@ def tokenizer(pycode: Path) -> SourceTokenizer:
 
 
 def judged(
-    source: Checkpoint, quantized: Checkpoint, session: TorchSession, tokenizer: SourceTokenizer, monkeypatch: Any
+    source: Checkpoint,
+    quantized: Checkpoint,
+    session: TorchSession,
+    tokenizer: SourceTokenizer,
+    monkeypatch: Any,
 ) -> tuple[TokenQuality, dict[str, Check]]:
     from slm_export.evaltext import token_windows
     from slm_export.fidelity import greedy, tokens
@@ -181,7 +185,9 @@ def test_loops_and_stops_are_judged_by_the_source(
     artifact: Mapping[int, int], failing: str, tokenizer: SourceTokenizer
 ) -> None:
     windows = [tuple(range(10, 40))]
-    found = judge_greedy(Script(COUNTING), ScriptSession(artifact), tokenizer, windows, lambda count, note: None)
+    found = judge_greedy(
+        Script(COUNTING), ScriptSession(artifact), tokenizer, windows, lambda count, note: None
+    )
     assert {check.name for check in found.checks if not check.passed} == ({failing} if failing else set())
 
 
@@ -197,7 +203,9 @@ def test_a_missed_stop_is_noticed(tokenizer: SourceTokenizer) -> None:
 def test_a_loop_of_the_source_itself_is_no_fault(tokenizer: SourceTokenizer) -> None:
     looping = {**COUNTING, 60: 50}
     windows = [tuple(range(10, 40))]
-    found = judge_greedy(Script(looping), ScriptSession(looping), tokenizer, windows, lambda count, note: None)
+    found = judge_greedy(
+        Script(looping), ScriptSession(looping), tokenizer, windows, lambda count, note: None
+    )
     assert all(check.passed for check in found.checks)
     assert found.agreement == 1
 
@@ -210,7 +218,9 @@ def test_stop_tokens_of_the_file(metadata: Mapping[str, Any], passed: bool) -> N
     assert fidelity.judge_stop_tokens(metadata, (1,)).passed is passed
 
 
-def test_another_tokenizer_in_the_bundle_fails(tokenizer: SourceTokenizer, pycode: Path, tmp_path: Path) -> None:
+def test_another_tokenizer_in_the_bundle_fails(
+    tokenizer: SourceTokenizer, pycode: Path, tmp_path: Path
+) -> None:
     text = (pycode / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(text.replace("Ġ", "_"))
     verdict = fidelity.judge_tokenizer(tokenizer, tmp_path, "text-generation")
@@ -240,7 +250,9 @@ def test_only_figures_of_the_kind_are_judged() -> None:
     assert not speed.passed
 
 
-def test_scale_search_beats_min_max_on_a_trained_model(source: Checkpoint, tokenizer: SourceTokenizer) -> None:
+def test_scale_search_beats_min_max_on_a_trained_model(
+    source: Checkpoint, tokenizer: SourceTokenizer
+) -> None:
     """The figure that scale search is for: the divergence of a 4-bit model, not the error of its weights."""
     long = [ids for document in load_documents(None) if len(ids := tokenizer.encode(document)) >= 256]
     ids = torch.tensor([document[:256] for document in long])

@@ -78,6 +78,13 @@ def test_offline_a_model_that_was_never_downloaded(offline):
     assert "at revision v2, and offline" in problem("org/name", "v2")
 
 
+def test_offline_the_hub_is_not_even_asked(offline, monkeypatch):
+    download = Mock(return_value="/cache/org/name")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    find_model("org/name")
+    assert download.call_args.kwargs["local_files_only"]
+
+
 def test_offline_a_model_that_was_downloaded(offline):
     snapshot = offline / "models--org--name" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)

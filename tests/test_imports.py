@@ -14,7 +14,18 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("exporters", "optimizers", "targets")
 HEAVY = ("executorch", "coremltools", "litert_torch", "onnx", "onnxruntime", "tensorflow", "torchao")
 # The words that everything else speaks; they know nothing of passes, formats and targets.
-CORE = ("weights", "checkpoint", "profile", "errors", "gates", "results", "dialect", "runtime", "model", "load")
+CORE = (
+    "weights",
+    "checkpoint",
+    "profile",
+    "errors",
+    "gates",
+    "results",
+    "dialect",
+    "runtime",
+    "model",
+    "load",
+)
 TOP = ("driver", "commands", "cli", "opened")
 
 

@@ -184,11 +184,23 @@ def test_a_value_that_is_no_number(model, value, bad):
     [
         ({"model_type": "lama"}, "unknown model type 'lama'; did you mean 'llama'?"),
         ({"model_type": None}, "no model_type; a Hugging Face config.json names one"),
-        ({"model_type": "mine", "auto_map": {"AutoConfig": "c.C"}}, "model type 'mine' needs Python code that"),
-        ({"architectures": ["LlamaForCausalML"]}, "unknown architecture 'LlamaForCausalML'; did you mean 'Llama"),
-        ({"architectures": ["Mine"], "auto_map": {"AutoModel": "m.M"}}, "architecture Mine needs Python code"),
+        (
+            {"model_type": "mine", "auto_map": {"AutoConfig": "c.C"}},
+            "model type 'mine' needs Python code that",
+        ),
+        (
+            {"architectures": ["LlamaForCausalML"]},
+            "unknown architecture 'LlamaForCausalML'; did you mean 'Llama",
+        ),
+        (
+            {"architectures": ["Mine"], "auto_map": {"AutoModel": "m.M"}},
+            "architecture Mine needs Python code",
+        ),
         ({"architectures": None}, "'architectures' is missing; name the model's class"),
-        ({"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification is not a kind of"),
+        (
+            {"architectures": ["BertForNextSentencePrediction"]},
+            "BertForNextSentencePrediction is not a kind of",
+        ),
         ({"architectures": ["AutoModel"]}, "unknown architecture 'AutoModel'"),
         ({"hidden_size": "wide"}, "transformers rejects it: "),
         ({"num_attention_heads": 0}, ""),

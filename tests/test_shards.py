@@ -97,7 +97,9 @@ def test_without_an_index_the_numbers_tell_that_a_shard_is_missing(tmp_path):
 
 def test_a_promised_tensor_is_not_there(tmp_path):
     write_index(sharded(tmp_path), {"a": FIRST, "b": SECOND, "d": SECOND, "e": SECOND})
-    assert problem(tmp_path).startswith(f"{tmp_path / SECOND}: tensor d is promised by {INDEX}, but not there")
+    assert problem(tmp_path).startswith(
+        f"{tmp_path / SECOND}: tensor d is promised by {INDEX}, but not there"
+    )
     assert "(2 missing in all)" in problem(tmp_path)
 
 
@@ -134,7 +136,15 @@ def test_a_header_that_is_none(tmp_path, start):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../x"}}', "\xff"],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": "../x"}}',
+        "\xff",
+    ],
 )
 def test_a_broken_index(tmp_path, text):
     (sharded(tmp_path) / INDEX).write_bytes(text.encode("latin-1"))
@@ -153,7 +163,8 @@ def test_pickles_are_refused_and_never_opened(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("m.gguf", "GGUF"), ("tf_model.h5", "Keras"), ("m.onnx", "ONNX"), ("f.msgpack", "Flax")]
+    ("name", "kind"),
+    [("m.gguf", "GGUF"), ("tf_model.h5", "Keras"), ("m.onnx", "ONNX"), ("f.msgpack", "Flax")],
 )
 def test_weights_of_another_format_are_named(tmp_path, name, kind):
     (tmp_path / name).write_bytes(b"")
