@@ -72,6 +72,12 @@ class Plan:
     target: Target
     notes: tuple[str, ...]
 
+    def ready(self) -> None:
+        """Raise MissingComponentError unless everything that the plan needs is installed."""
+        self.target.ready()
+        for made in self.exporters:
+            made.ready()
+
 
 def make_plan(request: Request) -> Plan:
     """Look up device, recipe, formats and target.

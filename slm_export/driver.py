@@ -48,8 +48,7 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
     folder = find_model(plan.model, plan.request.revision)
     documents = load_documents(plan.request.eval_text)
     # Only now, because a compiler takes seconds to import: a mistyped folder is told of at once.
-    for component in (plan.target, *plan.exporters):
-        component.ready()
+    plan.ready()
     out = plan.request.out or Path(f"{folder.resolve().name}-{plan.profile.target}")
     with bundle.staged(out, plan.request.force) as staging:
         source, tokenizer, options = _read(plan, folder, progress)

@@ -198,7 +198,7 @@ def test_a_missing_component_is_told_before_any_work(monkeypatch):
 
     monkeypatch.setattr(compilation, "exporter", Missing)
     with pytest.raises(MissingComponentError, match="pip install it"):
-        make_plan(Request(model="m", target="host"))
+        make_plan(Request(model="m", target="host")).ready()
 
 
 # --- the context -------------------------------------------------------------------------------------
