@@ -101,24 +101,33 @@ def _needed() -> Iterator[None]:
 
 
 def _write_decoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Signature:
-    import torch
-    from torch.export import Dim, export
-
     from slm_export.exporters.executorch_dialect import ExecuTorchDialect
-    from slm_export.exporters.executorch_lowering import lower
+    from slm_export.exporters.executorch_lowering import lower_decoder
     from slm_export.model import build_decoder
 
     dialect = ExecuTorchDialect()
     longest = min(PREFILL_CHUNK, options.context)
-    module = dialect.with_norms(build_decoder(checkpoint, dialect, options.context))
-    example = (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-    tokens = Dim("tokens", min=1, max=longest)
-    with torch.no_grad():
-        program = export(module, example, dynamic_shapes=({1: tokens}, None), strict=False)
-    lower(program, _constants(checkpoint, options), path)
+
+    def build(checkpoint: Checkpoint) -> nn.Module:
+        return dialect.with_norms(build_decoder(checkpoint, dialect, options.context))
+
+    def trace(module: nn.Module) -> ExportedProgram:
+        return _trace_decoder(module, longest)
+
+    lower_decoder(checkpoint, build, trace, _constants(checkpoint, options), path)
     vocabulary = checkpoint.config.get_text_config().vocab_size
     inputs = {"tokens": f"int64[1, 1..{longest}]", "input_pos": "int64[1]"}
     return Signature("forward", inputs, {"logits": f"float32[1, {vocabulary}]"})
+
+
+def _trace_decoder(module: nn.Module, longest: int) -> ExportedProgram:
+    import torch
+    from torch.export import Dim, export
+
+    example = (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    tokens = Dim("tokens", min=1, max=longest)
+    with torch.no_grad():
+        return export(module, example, dynamic_shapes=({1: tokens}, None), strict=False)
 
 
 def _constants(checkpoint: Checkpoint, options: ExportOptions) -> Mapping[str, Any]:
@@ -139,7 +148,7 @@ def _constants(checkpoint: Checkpoint, options: ExportOptions) -> Mapping[str, A
 
 def _write_encoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Signature:
     from slm_export.exporters.executorch_dialect import ExecuTorchDialect
-    from slm_export.exporters.executorch_lowering import lower
+    from slm_export.exporters.executorch_lowering import to_edge, write
     from slm_export.model import build_encoder
 
     dialect = ExecuTorchDialect()
@@ -151,7 +160,7 @@ def _write_encoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -
         "get_min_seq_len": least,
         "takes_token_types": encoder.takes_token_types,
     }
-    lower(program, constants, path)
+    write(to_edge(program, constants), path)
     inputs = dict.fromkeys(names, f"int64[1, tokens={least}..{options.context}]")
     name, shape = output_shape(checkpoint.task, checkpoint.config)
     return Signature("forward", inputs, {name: shape})

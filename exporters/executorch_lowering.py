@@ -1,35 +1,109 @@
-"""torch.export's graph -> ``.pte``, through XNNPACK."""
+"""Lower a decoder in a time that hardly depends on its depth.
+
+ExecuTorch's passes interpret a graph node by node, many times over: seconds per layer, whatever its width. Here
+a decoder of equal layers is lowered with two of them, and the program of all is put together from that
+(`executorch_stamp`). A decoder whose layers differ is lowered whole, by the same pipeline.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
-if TYPE_CHECKING:
-    from torch.export import ExportedProgram
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from slm_export.checkpoint import Checkpoint
+from slm_export.exporters.executorch_stamp import lowered_modules, stamped
+from slm_export.exporters.executorch_stand_in import CannotStamp, check_alike, hollow, layers_of, stand_in
+
+Build = Callable[[Checkpoint], nn.Module]
+Trace = Callable[[nn.Module], ExportedProgram]
 
 
-def lower(program: ExportedProgram, constants: Mapping[str, Any], path: Path) -> None:
-    """Lower a graph and write it, with ``constants`` as constant methods."""
+def lower_decoder(
+    checkpoint: Checkpoint, build: Build, trace: Trace, constants: Mapping[str, Any], path: Path
+) -> str | None:
+    """Write a decoder; return why every layer had to be lowered, or None if two were enough.
+
+    Given   build: checkpoint -> module, its transformers model at ``.model``
+            trace: module -> torch.export's graph
+    """
+    try:
+        edge, reason = _stamped(checkpoint, build, trace, constants), None
+    except CannotStamp as error:
+        edge, reason = to_edge(trace(build(checkpoint)), constants), str(error)
+    write(edge, path)
+    return reason
+
+
+def to_edge(program: ExportedProgram, constants: Mapping[str, Any]) -> Any:
+    """Return the edge program with XNNPACK's partitions lowered.
+
+    Two hints that both are ExecuTorch's own make it some three times as fast:
+    the only operator to be kept whole is named without a condition, which saves one decomposition of three;
+    the compile specification restricts XNNPACK's passes on each partition to one of seventeen. The others are for
+    convolutions, pooling, batch norm and activations fused into them, and for copies, which go before.
+    """
+    from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
-    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+    from executorch.exir.backend.compile_spec_schema import CompileSpec
+    from executorch.exir.backend.partitioner import DelegationSpec
+
+    class Partitioner(XnnpackPartitioner):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            only_linear = CompileSpec("dqlinear_partitioner", b"")
+            self.delegation_spec: Any = DelegationSpec("XnnpackBackend", [only_linear])
+
+        def ops_to_not_decompose(self, program: ExportedProgram) -> tuple[list[Any], None]:
+            return [torch.ops.aten.linear.default], None
 
     edge = to_edge_transform_and_lower(
         program,
-        partitioner=[XnnpackPartitioner()],
+        # Dropout leaves a copy behind, which XNNPACK cannot lower.
+        transform_passes=[RemoveCloneOpsTransform(preserve_input_output_copies=True)],
+        partitioner=[Partitioner()],
         # The operators of `llama` and `quantized_decomposed` are not core ATen, and rightly so.
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
         constant_methods=dict(constants),
     )
-    executable = edge.to_executorch(
-        ExecutorchBackendConfig(
-            # Weights in a segment of their own are mapped, and freed once XNNPACK has packed them.
-            extract_delegate_segments=True,
-            do_quant_fusion_and_const_prop=True,
-            sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
-        )
+    for _, lowered in lowered_modules(edge.exported_program()):
+        lowered.compile_specs.clear()  # a hint to the compiler is nothing to store in the file
+    return edge
+
+
+def write(edge: Any, path: Path) -> None:
+    """Plan memory, emit and write."""
+    from executorch.exir import ExecutorchBackendConfig
+    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+
+    config = ExecutorchBackendConfig(
+        # Weights in a segment of their own are mapped, and freed once XNNPACK has packed them.
+        extract_delegate_segments=True,
+        sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
     )
     with open(path, "wb") as file:
-        executable.write_to_file(file)
+        edge.to_executorch(config).write_to_file(file)
+
+
+def _stamped(checkpoint: Checkpoint, build: Build, trace: Trace, constants: Mapping[str, Any]) -> Any:
+    from executorch.exir import EdgeCompileConfig, EdgeProgramManager
+
+    layers = layers_of(checkpoint)
+    every = build(hollow(checkpoint))
+    check_alike(every, layers)
+    substitute = stand_in(checkpoint, layers)
+    module = build(substitute)
+    stack = cast(nn.ModuleList, module.get_submodule(layers.path))
+    module.set_submodule(layers.path, stack[:2])
+    two = to_edge(trace(module), constants).exported_program()
+    del module, stack
+    tensors = {**dict(every.named_parameters()), **dict(every.named_buffers())}
+    program = stamped(two, layers, checkpoint, substitute, tensors)
+    # Skipped with `_skip_dim_order`: a pass that makes layouts of images contiguous.
+    config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+    return EdgeProgramManager(program, dict(constants), config)

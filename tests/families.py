@@ -13,7 +13,7 @@ _DECODER = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": POSITIONS,
@@ -25,12 +25,12 @@ _ENCODER = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
-_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
+_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": POSITIONS}
 _DISTIL = {
     "vocab_size": VOCABULARY,
     "dim": 64,
@@ -89,7 +89,7 @@ DECODERS: Mapping[str, Family] = {
     "gemma-3": (
         "Gemma3ForCausalLM",
         "Gemma3TextConfig",
-        {**_DECODER, **_GEMMA, "layer_types": ["sliding_attention", "full_attention"]},
+        {**_DECODER, **_GEMMA, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ),
     "phi-2": (
         "PhiForCausalLM",
@@ -112,7 +112,7 @@ DECODERS: Mapping[str, Family] = {
     "gpt-2": ("GPT2LMHeadModel", "GPT2Config", {**_GPT2, "bos_token_id": 1, "eos_token_id": 2}),
     "qwen-2.5": ("Qwen2ForCausalLM", "Qwen2Config", _DECODER),
     "qwen-3": ("Qwen3ForCausalLM", "Qwen3Config", {**_DECODER, "head_dim": 32}),
-    "smollm-3": ("SmolLM3ForCausalLM", "SmolLM3Config", {**_DECODER, "no_rope_layers": [1, 0]}),
+    "smollm-3": ("SmolLM3ForCausalLM", "SmolLM3Config", {**_DECODER, "no_rope_layers": [1, 0, 1]}),
     # Not a family of ours: known to transformers, attempted through the same path.
     "olmo-2": ("Olmo2ForCausalLM", "Olmo2Config", _DECODER),
 }
