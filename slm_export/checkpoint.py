@@ -27,7 +27,7 @@ class Checkpoint:
     architecture: str
     """The transformers class: LlamaForCausalLM, BertModel, ..."""
     task: str
-    """text-generation, sentence-embedding or text-classification."""
+    """One of `tasks.ENDINGS`."""
     config: Any
     """The transformers configuration object; treated as read-only."""
     weights: Mapping[str, Weight]
