@@ -6,8 +6,9 @@ Result  4 bits: codes -8..7, one scale per ``group`` columns; 8 bits: codes -127
 
 The scale is searched for, because the largest value of a group is a poor guide to it: clipping one
 outlier by half a step costs less than coarsening all of the group. For every group, a range of clipping
-points is tried, and the best is refined by alternating least squares (Lloyd's algorithm for a
-uniform quantizer: with codes q fixed the best scale is <w, q> / <q, q>). No data is needed.
+points is tried, each with the scale that is best for the codes it gives: with codes q fixed the best scale is
+<w, q> / <q, q>, and leaves an error of <w, w> - <w, q>^2 / <q, q>. The best of all is refined in the same way
+(Lloyd's algorithm for a uniform quantizer). No data is needed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ from torch import Tensor
 
 from slm_export.checkpoint import Checkpoint, PassResult
 from slm_export.errors import InputError
-from slm_export.weights import CODE_RANGE, GROUPS, Dense, Quantized, Weight, grid_scale, quantized
+from slm_export.weights import (
+    CODE_RANGE,
+    GROUPS,
+    SMALLEST_SCALE,
+    Dense,
+    Quantized,
+    Weight,
+    grid_scale,
+    quantized,
+)
 
 Bits = Literal[4, 8, 16, 32]
 
@@ -29,8 +39,10 @@ _CLIPS = {
     4: (10.0, 9.3, 8.7, 8.2, 7.8, 7.4, 7.0, 6.7, 6.4, 6.0),
     8: (135.0, 131.0, 129.0, 127.0),
 }
-_REFINEMENTS = 2
-_BLOCK = 1 << 22  # values at a time: the search needs several float32 copies of a block
+_REFINEMENTS = 1
+_BLOCK = (
+    1 << 18
+)  # values at a time: the few float32 copies that the search needs stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,7 @@ class GroupQuantize:
             return _half(weight)
         if bits == 4 and weight.shape[1] % GROUPS[0]:
             return f"{weight.shape[1]} columns do not divide by {GROUPS[0]}, the smallest group"
-        return quantize(weight.float32(), bits, self.group if bits == 4 else weight.shape[1], self.search)
+        return quantize(weight.load(), bits, self.group if bits == 4 else weight.shape[1], self.search)
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Refuse what cannot mean what the user asked for."""
@@ -113,14 +125,14 @@ class GroupQuantize:
 
 
 def quantize(values: Tensor, bits: int, group: int, search: bool = True) -> Quantized:
-    """Return ``values``, float32 (out, in), on the grid with the scales of least squared error.
+    """Return ``values``, floats (out, in), on the grid with the scales of least squared error.
 
     Blocks of whole rows are worked on, so that the search needs little memory beside the result.
     """
     rows = max(1, _BLOCK // values.shape[1])
-    blocks = [_quantize_block(block, bits, group, search) for block in torch.split(values, rows)]
-    codes, scales = zip(*blocks, strict=True)
-    return quantized(torch.cat(codes), torch.cat(scales), bits)
+    blocks = [_quantize_block(block.float(), bits, group, search) for block in torch.split(values, rows)]
+    packed, scales = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return Quantized((values.shape[0], values.shape[1]), bits, packed, scales)
 
 
 def _quantize_block(values: Tensor, bits: int, group: int, search: bool) -> tuple[Tensor, Tensor]:
@@ -128,26 +140,31 @@ def _quantize_block(values: Tensor, bits: int, group: int, search: bool) -> tupl
     largest = groups.abs().amax(dim=-1)
     best = grid_scale(largest / CODE_RANGE[bits][1])
     if search:
-        best = _search(groups, largest, best, bits)
-    return _codes(groups, best, bits).to(torch.int8).reshape(values.shape), best
+        found = grid_scale(_search(groups, largest, bits))
+        best = torch.where(_error(groups, found, bits) < _error(groups, best, bits), found, best)
+    part = quantized(_codes(groups, best, bits).to(torch.int8).reshape(values.shape), best, bits)
+    return part.packed, part.scales
 
 
-def _search(groups: Tensor, largest: Tensor, best: Tensor, bits: int) -> Tensor:
-    """Return the scales (out, groups) of least squared error among those tried; never worse than ``best``."""
-    error = _error(groups, best, bits)
-    candidates = [grid_scale(largest / clip) for clip in _CLIPS[bits]]
-    for scale in candidates:
-        best, error = _better(groups, scale, best, error, bits)
+def _search(groups: Tensor, largest: Tensor, bits: int) -> Tensor:
+    """Return the scales (out, groups) of least squared error among those tried; of groups (out, groups, group)."""
+    codes, products = torch.empty_like(groups), torch.empty_like(groups)
+
+    def best_for_codes(scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the best scale for the codes that this one gives, and by how much it lessens the error."""
+        steps = scale.clamp_min(SMALLEST_SCALE).reciprocal().unsqueeze(-1)
+        torch.mul(groups, steps, out=codes).round_().clamp_(*CODE_RANGE[bits])
+        covered = torch.mul(codes, groups, out=products).sum(-1)
+        better = covered / torch.mul(codes, codes, out=products).sum(-1).clamp_min(1)
+        return better, covered * better
+
+    best, lessened = best_for_codes(largest / _CLIPS[bits][0])
+    for clip in _CLIPS[bits][1:]:
+        scale, gain = best_for_codes(largest / clip)
+        best, lessened = torch.where(gain > lessened, scale, best), torch.maximum(gain, lessened)
     for _ in range(_REFINEMENTS):
-        codes = _codes(groups, best, bits)
-        norm = codes.square().sum(-1).clamp_min(1)
-        best, error = _better(groups, grid_scale((groups * codes).sum(-1) / norm), best, error, bits)
+        best, _ = best_for_codes(best)  # never worse: each of the two steps is the best, given the other
     return best
-
-
-def _better(groups: Tensor, scale: Tensor, best: Tensor, error: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    tried = _error(groups, scale, bits)
-    return torch.where(tried < error, scale, best), torch.minimum(tried, error)
 
 
 def _codes(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
