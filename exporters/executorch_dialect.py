@@ -114,7 +114,9 @@ class _QuantizedEmbedding(nn.Module):
         super().__init__()
         self.bits = weight.bits
         self.register_buffer("codes", weight.codes() if weight.bits == 8 else xnnpack_nibbles(weight))
-        self.register_buffer("scales", weight.scales.squeeze(1) if weight.bits == 8 else weight.scales)
+        self.register_buffer(
+            "scales", weight.scales.squeeze(1) if weight.bits == 8 else _halved(weight.scales)
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         ops: Any = torch.ops.quantized_decomposed
@@ -123,6 +125,11 @@ class _QuantizedEmbedding(nn.Module):
         rows: Tensor = look_up.dtype(self.codes, self.scales, None, low, high, ids, dtype=torch.float32)
         # ``embedding_4bit`` takes the high nibble for the even column, XNNPACK the low one: each pair comes swapped.
         return rows if self.bits == 8 else rows.reshape(*rows.shape[:-1], -1, 2).flip(-1).reshape(rows.shape)
+
+
+def _halved(scales: Tensor) -> Tensor:
+    """Return float16, which scales on the grid are exact in unless they are beyond its range."""
+    return scales.to(torch.float16) if scales.max() <= torch.finfo(torch.float16).max else scales
 
 
 class _FloatEmbedding(nn.Module):

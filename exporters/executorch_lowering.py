@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from slm_export.checkpoint import Checkpoint
-from slm_export.exporters.executorch_sharing import share_constants
+from slm_export.exporters.executorch_file import Contents, write_program
 from slm_export.exporters.executorch_stamp import lowered_modules, stamped
 from slm_export.exporters.executorch_stand_in import CannotStamp, check_alike, hollow, layers_of, stand_in
 
@@ -35,11 +36,12 @@ def lower_decoder(
     Given   build: checkpoint -> module, its transformers model at ``.model``
             trace: module -> torch.export's graph
     """
+    contents: Contents = {}
     try:
-        edge, reason = _stamped(checkpoint, build, trace, constants), None
+        (edge, contents), reason = _stamped(checkpoint, build, trace, constants), None
     except CannotStamp as error:
         edge, reason = to_edge(trace(build(checkpoint)), constants), str(error)
-    write(edge, path)
+    write(edge, path, contents)
     return reason
 
 
@@ -80,8 +82,8 @@ def to_edge(program: ExportedProgram, constants: Mapping[str, Any]) -> Any:
     return edge
 
 
-def write(edge: Any, path: Path) -> None:
-    """Plan memory, emit and write; what the program holds twice is stored once."""
+def write(edge: Any, path: Path, contents: Contents = MappingProxyType({})) -> None:
+    """Plan memory, emit, and write with the large constants in their places."""
     from executorch.exir import ExecutorchBackendConfig
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 
@@ -93,12 +95,16 @@ def write(edge: Any, path: Path) -> None:
         constant_tensor_alignment=_ALIGNMENT,
         segment_alignment=_ALIGNMENT,
     )
-    with open(path, "wb") as file:
+    emitted = path.with_name(f"{path.name}.emitted")
+    with open(emitted, "wb") as file:
         edge.to_executorch(config).write_to_file(file)
-    share_constants(path, _ALIGNMENT)
+    write_program(emitted, path, contents, _ALIGNMENT)
+    emitted.unlink()
 
 
-def _stamped(checkpoint: Checkpoint, build: Build, trace: Trace, constants: Mapping[str, Any]) -> Any:
+def _stamped(
+    checkpoint: Checkpoint, build: Build, trace: Trace, constants: Mapping[str, Any]
+) -> tuple[Any, Contents]:
     from executorch.exir import EdgeCompileConfig, EdgeProgramManager
 
     layers = layers_of(checkpoint)
@@ -111,7 +117,7 @@ def _stamped(checkpoint: Checkpoint, build: Build, trace: Trace, constants: Mapp
     two = to_edge(trace(module), constants).exported_program()
     del module, stack
     tensors = {**dict(every.named_parameters()), **dict(every.named_buffers())}
-    program = stamped(two, layers, checkpoint, substitute, tensors)
+    program, contents = stamped(two, layers, checkpoint, substitute, tensors)
     # Skipped with `_skip_dim_order`: a pass that makes layouts of images contiguous.
     config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
-    return EdgeProgramManager(program, dict(constants), config)
+    return EdgeProgramManager(program, dict(constants), config), contents

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -31,7 +31,9 @@ from torch.export.graph_signature import (
 )
 
 from slm_export.checkpoint import Checkpoint
+from slm_export.exporters.executorch_file import Contents
 from slm_export.exporters.executorch_stand_in import CannotStamp, Layers, constants_of
+from slm_export.weights import Weight
 
 _HEAD, _UNIT, _TAIL = range(3)
 
@@ -42,13 +44,14 @@ def stamped(
     checkpoint: Checkpoint,
     substitute: Checkpoint,
     tensors: Mapping[str, Tensor],
-) -> ExportedProgram:
-    """Return the edge program of ``layers.count`` layers.
+) -> tuple[ExportedProgram, Contents]:
+    """Return the edge program of ``layers.count`` layers, and the weights that its constants stand for.
 
     Given   two: the edge program of two layers, lowered with the weights of ``substitute``
             tensors: vectors and caches of the module of all layers, by name
     """
-    return _Stamp(two, layers, checkpoint, substitute, tensors).program()
+    stamp = _Stamp(two, layers, checkpoint, substitute, tensors)
+    return stamp.program(), stamp.contents
 
 
 def lowered_modules(program: ExportedProgram) -> Iterator[tuple[str, Any]]:
@@ -91,6 +94,7 @@ class _Stamp:
         self._state: dict[str, Tensor] = {}
         self._placeholders: dict[str, fx.Node] = {}
         self._inputs: list[InputSpec] = []
+        self.contents: dict[str, Callable[[], bytes]] = {}
 
     def program(self) -> ExportedProgram:
         """Return the program of all layers."""
@@ -260,14 +264,15 @@ class _Stamp:
         old = self._lowered(node)
         payload, entries = old.processed_bytes, {}
         buffers: list[bytes] = []
-        ready: dict[tuple[int, str], list[tuple[str, bytes]]] = {}
+        ready: dict[tuple[int, str], list[str]] = {}
         for key, entry in old.named_data_store_output.pte_data.items():
             if (origin := self._origin.get(key)) is not None:
                 index, rest, piece = origin
                 if (index, rest) not in ready:
                     weight = self._layers.weight(self._checkpoint, index + shift, rest)
-                    ready[index, rest] = list(constants_of(weight))
-                name, data = ready[index, rest][piece]
+                    ready[index, rest] = self._keep(weight)
+                name = ready[index, rest][piece]
+                data = name.encode()  # the weight itself is written when the file is
                 payload = _renamed(payload, key, name)
             elif self._part[node] == _UNIT and key not in self._common:
                 raise CannotStamp(f"{node} holds a constant of one layer that is none of its weights")
@@ -279,6 +284,16 @@ class _Stamp:
         new = LoweredBackendModule(old.original_module, old.backend_id, payload, old.compile_specs, store)
         new.meta = old.meta
         return cast(nn.Module, new)
+
+    def _keep(self, weight: Weight) -> list[str]:
+        """Remember how to make the constants of a weight; return their names."""
+
+        def piece(index: int) -> Callable[[], bytes]:
+            return lambda: list(constants_of(weight))[index][1]
+
+        names = [name for name, _ in constants_of(weight)]
+        self.contents.update({name: piece(index) for index, name in enumerate(names)})
+        return names
 
     def _make_outputs(self, copies: list[tuple[int, int, dict[fx.Node, fx.Node]]]) -> list[OutputSpec]:
         """Return the outputs: first the caches that were written, then what the user gets."""

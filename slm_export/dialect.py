@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slm_export.weights import Dense, Quantized, Weight
+from slm_export.weights import Dense, Quantized, Weight, float_blocks
 
 _BLOCK = 1 << 22  # values of a matrix that stand in memory as float32 at a time
 
@@ -132,8 +132,7 @@ class _StreamedLinear(nn.Module):
         half = self._weight_is_half and self._quantize_activations
         if half:
             x = x.to(torch.float16).to(torch.float32)
-        rows = max(1, _BLOCK // self.in_features)
-        parts = [F.linear(x, block) for block in _float_blocks(self._weight, rows)]
+        parts = [F.linear(x, block) for block in float_blocks(self._weight, _BLOCK)]
         result = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         return result if self._bias is None else result + self._bias
 
@@ -149,20 +148,4 @@ class _StreamedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         rows, inverse = torch.unique(ids, return_inverse=True)
-        return _rows(self._weight, rows)[inverse]
-
-
-def _float_blocks(weight: Weight, rows: int) -> list[Tensor]:
-    """Return a matrix as float32 blocks of ``rows`` rows, made one by one as they are used."""
-    if isinstance(weight, Dense):
-        return [block.to(torch.float32) for block in torch.split(weight.load(), rows)]
-    starts = range(0, weight.shape[0], rows)
-    return [_rows(weight, torch.arange(i, min(i + rows, weight.shape[0]))) for i in starts]
-
-
-def _rows(weight: Weight, rows: Tensor) -> Tensor:
-    """Return some rows as float32 (rows, in)."""
-    if isinstance(weight, Dense):
-        return weight.load()[rows].to(torch.float32)
-    part = Quantized((len(rows), weight.shape[1]), weight.bits, weight.packed[rows], weight.scales[rows])
-    return part.float32()
+        return self._weight.rows(rows)[inverse]

@@ -13,7 +13,7 @@ The grid, which every back end can represent bit for bit:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,10 @@ class Dense:
     def float32(self) -> Tensor:
         """Return the values as float32."""
         return self.load().to(torch.float32)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return some rows as float32 (rows, in)."""
+        return self.load()[index].to(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,22 @@ class Quantized:
         codes = self.codes().to(torch.float32).view(*self.scales.shape, self.group)
         return (codes * self.scales.unsqueeze(-1)).view(self.shape)
 
+    def rows(self, index: Tensor | slice) -> Tensor:
+        """Return some rows as float32 (rows, in)."""
+        packed = self.packed[index]
+        return Quantized((packed.shape[0], self.shape[1]), self.bits, packed, self.scales[index]).float32()
+
 
 Weight = Dense | Quantized
+
+
+def float_blocks(weight: Weight, values: int) -> Iterator[Tensor]:
+    """Yield a weight as float32 blocks of whole rows, of about so many values, made as they are used."""
+    rows = max(1, values // (weight.count // weight.shape[0]))
+    if isinstance(weight, Dense):
+        yield from (block.to(torch.float32) for block in torch.split(weight.load(), rows))
+    else:
+        yield from (weight.rows(slice(i, i + rows)) for i in range(0, weight.shape[0], rows))
 
 
 def grid_scale(scale: Tensor) -> Tensor:
