@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from slm_export.checkpoint import Checkpoint
 from slm_export.checksums import sha256_file
 from slm_export.errors import InputError, MissingComponentError
-from slm_export.exporters.executorch_session import load_kernels, open_session, run_text_llm_runner
+from slm_export.exporters.executorch_session import load_runtime, open_session, run_text_llm_runner
 from slm_export.results import Artifact, Signature
 from slm_export.runtime import ExportOptions, Session
 from slm_export.tasks import ENDINGS, GENERATION, output_shape
@@ -46,7 +46,9 @@ class ExecuTorchExporter:
         with _needed():
             importlib.import_module("executorch.exir")
             importlib.import_module("torch.ao.quantization.fx._decomposed")
-            load_kernels()
+            load_runtime()
+            # What the operators mean to a tracer.
+            importlib.import_module("executorch.extension.llm.custom_ops.custom_ops")
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise InputError where this checkpoint cannot be lowered."""
@@ -69,21 +71,19 @@ class ExecuTorchExporter:
 
     def open(self, path: Path, task: str) -> Session:
         """Open a program in ExecuTorch's own runtime."""
-        # Not ready(): the compiler is not needed to run a program, and takes seconds to import.
         with _needed():
-            load_kernels()
+            load_runtime()
         return open_session(path, task)
 
     def set_threads(self, count: int) -> None:
         """Let XNNPACK and the custom kernels use ``count`` threads in this process."""
         with _needed():
-            from executorch.extension.pybindings import portable_lib
-        portable_lib._unsafe_reset_threadpool(count)
+            load_runtime()._unsafe_reset_threadpool(count)
 
     def generate(self, path: Path, tokenizer: Path, prompt: str, tokens: int, bos: int) -> str:
         """Return greedy text of the Python binding of ``TextLLMRunner``, which is what phones run."""
         with _needed():
-            load_kernels()
+            load_runtime()
         return run_text_llm_runner(path, tokenizer, prompt, tokens, bos)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,36 +16,49 @@ from slm_export.errors import InputError
 from slm_export.runtime import Session
 from slm_export.tasks import GENERATION
 
+_KERNELS = {
+    "executorch.extension.llm.custom_ops": "libcustom_ops_aot_lib.*",
+    "executorch.kernels.quantized": "libquantized_ops_aot_lib.*",
+}
 
-def load_kernels() -> None:
-    """Import what brings the runtime its kernels: XNNPACK, the LLM operators, the quantized operators."""
-    importlib.import_module("executorch.extension.pybindings.portable_lib")
-    importlib.import_module("executorch.extension.llm.custom_ops.custom_ops")
-    importlib.import_module("executorch.kernels.quantized")
+
+@functools.cache
+def load_runtime() -> Any:
+    """Return the runtime's module, with its kernels: XNNPACK, the LLM operators, the quantized operators.
+
+    Libraries are loaded by their files: the Python modules around them import the compiler, which takes seconds
+    and hundreds of megabytes that running a program does not need.
+    """
+    runtime = importlib.import_module("executorch.extension.pybindings._portable_lib")
+    for package, pattern in _KERNELS.items():
+        spec = importlib.util.find_spec(package)
+        folders = spec.submodule_search_locations if spec else None
+        found = [file for folder in folders or () for file in Path(folder).glob(pattern)]
+        if len(found) != 1:
+            raise ImportError(f"{package} has {len(found)} files {pattern}", name=package)
+        torch.ops.load_library(found[0])  # type: ignore[no-untyped-call]
+    return runtime
 
 
 def open_session(path: Path, task: str) -> Session:
     """Open a program; InputError where it is not one, or not a program of ours."""
-    from executorch.runtime import Runtime, Verification
-
+    runtime = load_runtime()
     try:
-        program = Runtime.get().load_program(str(path), verification=Verification.Minimal)
+        program = runtime._load_program(str(path), program_verification=runtime.Verification.Minimal)
+        names = {program.get_method_name(i) for i in range(program.num_methods())}
+        if "forward" not in names:
+            raise InputError(f"{path}: has no method 'forward'; export the model again")
+        metadata = {name: _plain(program.load_method(name)([])) for name in sorted(names - {"forward"})}
         method = program.load_method("forward")
     except (RuntimeError, OSError) as error:
         raise InputError(f"{path}: ExecuTorch cannot load it: {error}; export the model again") from error
-    if method is None:
-        raise InputError(f"{path}: has no method 'forward'; export the model again")
-    return _Decoder(program, method) if task == GENERATION else _Encoder(program, method)
+    kind = _Decoder if task == GENERATION else _Encoder
+    return kind(program, method, metadata)
 
 
 class _Program:
-    def __init__(self, program: Any, method: Any) -> None:
-        self._program, self._method = program, method
-        self._metadata = {
-            name: _plain(program.load_method(name).execute([]))
-            for name in sorted(program.method_names)
-            if name != "forward"
-        }
+    def __init__(self, program: Any, method: Any, metadata: Mapping[str, Any]) -> None:
+        self._program, self._method, self._metadata = program, method, metadata
 
     def metadata(self) -> Mapping[str, Any]:
         """Return the constant methods and their values."""
@@ -55,13 +70,13 @@ class _Program:
 
     def _run(self, *inputs: Tensor) -> Tensor:
         # Without the batch; copied, because the runtime reuses the memory of its outputs at the next call.
-        output: Tensor = self._method.execute(list(inputs))[0][0].clone()
+        output: Tensor = self._method(list(inputs))[0][0].clone()
         return output
 
 
 class _Decoder(_Program):
-    def __init__(self, program: Any, method: Any) -> None:
-        super().__init__(program, method)
+    def __init__(self, program: Any, method: Any, metadata: Mapping[str, Any]) -> None:
+        super().__init__(program, method, metadata)
         self.context = int(self._metadata["get_max_context_len"])
         self.prefill_chunk = int(self._metadata["get_max_seq_len"])
 
@@ -76,8 +91,8 @@ class _Decoder(_Program):
 
 
 class _Encoder(_Program):
-    def __init__(self, program: Any, method: Any) -> None:
-        super().__init__(program, method)
+    def __init__(self, program: Any, method: Any, metadata: Mapping[str, Any]) -> None:
+        super().__init__(program, method, metadata)
         self.context = int(self._metadata["get_max_seq_len"])
         self._least = int(self._metadata["get_min_seq_len"])
 

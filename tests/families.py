@@ -163,3 +163,21 @@ def eager(family: Family, folder: Path) -> Callable[..., Any]:
         folder, attn_implementation="eager", dtype=torch.float32
     ).eval()
     return model
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write a byte-level BPE of exactly `VOCABULARY` tokens, all ASCII: whatever a model writes is text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False
+    )
+    tokenizer.train_from_iterator([Path(__file__).read_text(encoding="ascii")], trainer)
+    assert tokenizer.get_vocab_size() == VOCABULARY
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)

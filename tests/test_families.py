@@ -14,12 +14,17 @@ from torch import Tensor
 from slm_export import tasks
 from slm_export.checkpoint import Checkpoint
 from slm_export.exporters.executorch import ExecuTorchExporter
+from slm_export.generation import Sampling, generate
 from slm_export.load import load_checkpoint
 from slm_export.model import build_reference
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.runtime import DecoderSession, EncoderSession, ExportOptions
+from slm_export.runtime_tokenizers import ExecuTorchTokenizer
+from slm_export.tokenizer import SourceTokenizer
 
 TOKENS = 60
+STOP = 2
+PROMPT, GENERATED = "def save(family: Family", 30
 UNQUANTIZED = 1e-3
 ROUNDING = 0.03
 """Share of the range that int8 activations may differ by where two roundings fall on either side of an edge."""
@@ -41,6 +46,7 @@ def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("family")
     family = families.DECODERS[request.param]
     families.save(family, folder)
+    families.save_tokenizer(folder)
     return Decoder(request.param, folder, families.eager(family, folder), load_checkpoint(folder))
 
 
@@ -49,7 +55,7 @@ def session_of(checkpoint: Checkpoint, folder: Path) -> Any:
     exporter.ready()
     exporter.check(checkpoint)
     path = folder / "model.pte"
-    exporter.write(checkpoint, ExportOptions(context=64, stop_ids=(2,), bos_id=1), path)
+    exporter.write(checkpoint, ExportOptions(context=64, stop_ids=(STOP,), bos_id=1), path)
     return exporter.open(path, checkpoint.task)
 
 
@@ -63,6 +69,22 @@ def ids_of(count: int) -> Tensor:
 
 def read(session: DecoderSession, ids: Tensor) -> Tensor:
     return torch.stack([session.logits([token], at) for at, token in enumerate(ids[0].tolist())])
+
+
+def runner_text(folder: Path) -> str:
+    """Return what ExecuTorch's own generation loop writes."""
+    exporter = ExecuTorchExporter()
+    return exporter.generate(folder / "model.pte", folder / "tokenizer.json", PROMPT, GENERATED, 0)
+
+
+def text_of(session: DecoderSession, folder: Path) -> str:
+    """Return what our own writes, a stop token included, since the runner prints that too."""
+    tokenizer = SourceTokenizer.load(folder)
+    prompt = tokenizer.encode(PROMPT)
+    tokens = list(generate(session, prompt, [STOP], GENERATED, Sampling()))
+    if len(tokens) < GENERATED:
+        tokens.append(STOP)
+    return ExecuTorchTokenizer(folder).decode(tokens)
 
 
 def test_a_decoder_unquantized_is_transformers_own(decoder: Decoder) -> None:
@@ -87,6 +109,9 @@ def test_a_decoder_at_8_bits_is_its_reference(decoder: Decoder) -> None:
         expected = build_reference(quantized, quantize_activations=True)(input_ids=ids).logits[0]
     session = session_of(quantized, decoder.folder)
     assert apart(read(session, ids), expected) <= ROUNDING
+    text = runner_text(decoder.folder)
+    assert text
+    assert text == text_of(session, decoder.folder)
 
 
 @pytest.mark.parametrize("name", families.ENCODERS)
