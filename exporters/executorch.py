@@ -10,6 +10,8 @@ Result  one program with one method, ``forward``:
 from __future__ import annotations
 
 import importlib
+import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from slm_export.checkpoint import Checkpoint
 from slm_export.checksums import sha256_file
 from slm_export.errors import InputError, MissingComponentError
 from slm_export.exporters.executorch_session import load_runtime, open_session, run_text_llm_runner
+from slm_export.phone_tokenizer import for_executorch
 from slm_export.results import Artifact, Signature
 from slm_export.runtime import ExportOptions, Session
 from slm_export.tasks import ENDINGS, GENERATION, output_shape
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 PREFILL_CHUNK = 512
 """Longest input of one call. Runners feed a longer prompt in pieces; room is planned for this many tokens,
 so it is a bound on memory too."""
+
+_CONFIG = "tokenizer_config.json"
 
 _SHORTEST = (1, 3)
 """Least tokens of an encoder's input, tried in this order; a session pads what is shorter."""
@@ -74,6 +79,19 @@ class ExecuTorchExporter:
         with _needed():
             load_runtime()
         return open_session(path, task)
+
+    def runner_tokenizer(self, bundle: Path) -> str:
+        """Return the file for ``TextLLMRunner``; where it needs other words, write one to executorch/tokenizer/."""
+        own = bundle / "tokenizer" / "tokenizer.json"
+        made = for_executorch(json.loads(own.read_text(encoding="utf-8")))
+        if made is None:
+            return own.relative_to(bundle).as_posix()
+        file = bundle / "executorch" / "tokenizer" / own.name
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(made, ensure_ascii=False), encoding="utf-8")
+        # Its opening and stop tokens are read from there.
+        shutil.copyfile(own.with_name(_CONFIG), file.with_name(_CONFIG))
+        return file.relative_to(bundle).as_posix()
 
     def set_threads(self, count: int) -> None:
         """Let XNNPACK and the custom kernels use ``count`` threads in this process."""

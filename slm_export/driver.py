@@ -23,7 +23,8 @@ from slm_export.provenance import facts_of, refuse_large_vocabulary, runtime_fac
 from slm_export.recipe import lowest_bits, options_of, relative_error, unaccounted
 from slm_export.results import Artifact, Check, FormatResult, Latency, PassRow, Quality, Report
 from slm_export.runtime import Exporter, ExportOptions
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.tasks import GENERATION
+from slm_export.tokenizer import OWN_TOKENIZER, SourceTokenizer
 
 _TOOLS = ("torch", "transformers", "tokenizers", "safetensors", "executorch")
 
@@ -55,6 +56,7 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
         checkpoint, passes = _optimize(plan, source, progress)
         gates = _gates(plan, checkpoint)
         plan.target.bundle(tokenizer, staging.path)
+        runners = _runner_tokenizers(plan, source, staging.path)
         results: list[FormatResult] = []
         notes = list(plan.notes) + [f"{name}: not used: {why}" for name, why in source.unused.items()]
         for exporter in plan.exporters:
@@ -68,7 +70,7 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
                 tokenizer,
                 documents,
                 gates,
-                staging.path,
+                staging.path / runners.get(exporter.name, OWN_TOKENIZER),
                 progress,
             )
             results.append(result)
@@ -87,9 +89,8 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
             notes=tuple(notes),
         )
         _refuse_failures(report)
-        report = bundle.write_documents(
-            staging.path, report, gates=gates, runtime=runtime_facts(source, tokenizer, options)
-        )
+        facts = runtime_facts(source, tokenizer, options, runners)
+        report = bundle.write_documents(staging.path, report, gates=gates, runtime=facts)
         return report, staging.commit()
 
 
@@ -133,6 +134,14 @@ def _optimize(plan: Plan, source: Checkpoint, progress: Progress) -> tuple[Check
     return checkpoint, tuple(rows)
 
 
+def _runner_tokenizers(plan: Plan, source: Checkpoint, folder: Path) -> dict[str, str]:
+    """Return format -> the tokenizer file of the bundle that its runner is given; only decoders have a runner."""
+    if source.task != GENERATION:
+        return {}
+    with bundle.machine_errors("write the tokenizer", folder):
+        return {exporter.name: exporter.runner_tokenizer(folder) for exporter in plan.exporters}
+
+
 def _gates(plan: Plan, checkpoint: Checkpoint) -> Gates:
     """Built-in thresholds, over them the profile's, over them the user's."""
     defaults = fidelity.default_gates(checkpoint.task, lowest_bits(checkpoint))
@@ -158,7 +167,7 @@ def _prove(
     tokenizer: SourceTokenizer,
     documents: Sequence[str],
     gates: Gates,
-    folder: Path,
+    runner_tokenizer: Path,
     progress: Progress,
 ) -> tuple[FormatResult, tuple[str, ...]]:
     """Open the artifact again, compare it with its source, and measure it."""
@@ -173,7 +182,7 @@ def _prove(
             source,
             checkpoint,
             tokenizer,
-            folder / "tokenizer",
+            runner_tokenizer.parent,
             documents,
             gates,
             progress,

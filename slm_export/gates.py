@@ -24,6 +24,8 @@ class Gates(BaseModel):
     max_perplexity_ratio: float | None = Field(default=None, gt=0)
     # decoders: the artifact's own long greedy text, judged by the source model
     min_greedy_agreement: float | None = Field(default=None, ge=0, le=1)
+    # decoders: the runtime's tokenizer against the source's, on strings that are chosen to be hard
+    min_tokenizer_agreement: float | None = Field(default=None, ge=0, le=1)
     # the artifact against torch with the same weight codes and activation quantization
     max_lowering_kl_mean: float | None = Field(default=None, gt=0)
     max_lowering_max_abs: float | None = Field(default=None, gt=0)

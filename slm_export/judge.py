@@ -27,18 +27,21 @@ def judge_artifact(
     source: Checkpoint,
     quantized: Checkpoint,
     tokenizer: SourceTokenizer,
-    bundled_tokenizer: Path,
+    runner_tokenizer: Path,
     documents: Sequence[str],
     gates: Gates,
     progress: Progress,
 ) -> Judgement:
-    """Return figures, checks and notes of an artifact, compared with the model it was made from."""
+    """Return figures, checks and notes of an artifact, compared with the model it was made from.
+
+    ``runner_tokenizer``: the folder of the tokenizer that the runner is given.
+    """
     session = exporter.open(path, source.task)
     try:
         with progress.stage("compare tokenizers"):
-            verdict = fidelity.judge_tokenizer(tokenizer, bundled_tokenizer, source.task)
+            verdict = fidelity.judge_tokenizer(tokenizer, runner_tokenizer, source.task, gates)
         if isinstance(session, DecoderSession):
-            checks = _self_checks(exporter, path, session, tokenizer, bundled_tokenizer, documents)
+            checks = _self_checks(exporter, path, session, tokenizer, runner_tokenizer, documents)
             with progress.stage(f"verify {exporter.name}", total=TOKENS) as stage:
                 quality: Quality
                 quality, more = fidelity.judge_decoder(
@@ -63,16 +66,17 @@ def self_check(
     path: Path,
     task: str,
     tokenizer: SourceTokenizer,
-    folder: Path,
+    runner_tokenizer: Path,
     documents: Sequence[str],
+    gates: Gates,
 ) -> tuple[tuple[Check, ...], tuple[str, ...]]:
     """Return what can be checked of an artifact without its source: it opens, stops, and reads text alike."""
     session = exporter.open(path, task)
     try:
-        verdict = fidelity.judge_tokenizer(tokenizer, folder, task)
+        verdict = fidelity.judge_tokenizer(tokenizer, runner_tokenizer, task, gates)
         checks: tuple[Check, ...] = ()
         if isinstance(session, DecoderSession):
-            checks = _self_checks(exporter, path, session, tokenizer, folder, documents)
+            checks = _self_checks(exporter, path, session, tokenizer, runner_tokenizer, documents)
         return (*checks, *verdict.checks), verdict.notes
     finally:
         session.close()
@@ -83,11 +87,11 @@ def _self_checks(
     path: Path,
     session: DecoderSession,
     tokenizer: SourceTokenizer,
-    folder: Path,
+    runner_tokenizer: Path,
     documents: Sequence[str],
 ) -> tuple[Check, ...]:
     prompt = " ".join(documents[0].split()[:12])
     return (
         fidelity.judge_stop_tokens(session.metadata(), tokenizer.stop_ids),
-        judge_vendor_text(path, exporter.name, folder, tokenizer, session, prompt),
+        judge_vendor_text(path, exporter.name, runner_tokenizer, tokenizer, session, prompt),
     )

@@ -24,7 +24,7 @@ from slm_export.recipe import make_pass
 from slm_export.registry import exporter
 from slm_export.results import Artifact, Check
 from slm_export.runtime import DecoderSession, EncoderSession, Session
-from slm_export.tokenizer import Detokenizer, SourceTokenizer
+from slm_export.tokenizer import OWN_TOKENIZER, Detokenizer, SourceTokenizer
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,9 @@ def verify(folder: Path, source: str | None, eval_text: Path | None, progress: P
                     path,
                     manifest.model.task,
                     tokenizer,
-                    folder / "tokenizer",
+                    _runner_tokenizer(folder, manifest, entry.format),
                     load_documents(eval_text),
+                    manifest.gates,
                 )
             notes.append("fidelity was not measured: give --source MODEL")
         else:
@@ -102,7 +103,7 @@ def _with_source(
         original,
         checkpoint,
         tokenizer,
-        folder / "tokenizer",
+        _runner_tokenizer(folder, manifest, format),
         load_documents(eval_text),
         manifest.gates,
         progress,
@@ -111,6 +112,16 @@ def _with_source(
     artifact = Artifact(path, format, entry.bytes, entry.sha256, entry.bits_per_weight)
     size = judging.checks_of(artifact, Gates(max_bytes=manifest.gates.max_bytes), {})
     return (*size, *checks), notes
+
+
+def _runner_tokenizer(folder: Path, manifest: Manifest, format: str) -> Path:
+    """Return the folder of the tokenizer that a format's runner is given."""
+    named = str(dict(manifest.runtime.get("tokenizer") or {}).get(format, OWN_TOKENIZER))
+    if named not in {entry.path for entry in manifest.files}:
+        raise InputError(
+            f"{folder}/manifest.json: runtime.tokenizer names {named!r}, which is not in the bundle"
+        )
+    return (folder / named).parent
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,13 @@ def refuse_large_vocabulary(source: Checkpoint, tokenizer: SourceTokenizer) -> N
             )
 
 
-def runtime_facts(source: Checkpoint, tokenizer: SourceTokenizer, options: ExportOptions) -> dict[str, Any]:
-    """Return what an app must know to run the bundle, for the manifest's ``runtime``."""
+def runtime_facts(
+    source: Checkpoint, tokenizer: SourceTokenizer, options: ExportOptions, runners: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return what an app must know to run the bundle, for the manifest's ``runtime``.
+
+    Given   runners: format -> the tokenizer file that its runner is given
+    """
     facts: dict[str, Any] = {"task": source.task, "context": options.context}
     if source.task == GENERATION:
         facts |= {
@@ -66,6 +72,7 @@ def runtime_facts(source: Checkpoint, tokenizer: SourceTokenizer, options: Expor
             "adds_bos": tokenizer.adds_bos,
             "stop_ids": list(tokenizer.stop_ids),
             "chat_template": tokenizer.render_chat("hello") is not None,
+            "tokenizer": dict(runners),
         }
     if source.task in (CLASSIFICATION, TOKENS):
         facts["labels"] = [str(source.config.id2label[i]) for i in range(source.config.num_labels)]

@@ -83,6 +83,13 @@ class Exporter(Protocol):
     def open(self, path: Path, task: str) -> Session:
         """Open an artifact in the vendor's runtime."""
 
+    def runner_tokenizer(self, bundle: Path) -> str:
+        """Return which file of the bundle the vendor's runner is to be given for a tokenizer.
+
+        Given   a bundle with the source's files in ``tokenizer/``; where the runner cannot read those, the file is
+                written here, beside the artifact
+        """
+
     def set_threads(self, count: int) -> None:
         """Let the runtime use ``count`` threads in this process; before anything is opened."""
 

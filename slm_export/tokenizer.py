@@ -1,14 +1,17 @@
 """The source model's own tokenizer, and a detokenizer for streams of tokens.
 
-transformers' tokenizer of the checkpoint folder is the oracle: what it makes of a text is what the model
-was trained on. Code that a checkpoint brings along is never executed.
+The oracle is tokenizer.json as its makers published it, read by the `tokenizers` library; transformers builds
+some tokenizers anew (Llama's), and then parts from the file where a text begins with a space. Special tokens
+and chats are transformers' matter, and so is a vocabulary without that file, or with tokens that are not in it.
+Code that a checkpoint brings along is never executed.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,9 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 """The files of a checkpoint that belong in a bundle's ``tokenizer/`` folder, where they exist."""
+
+OWN_TOKENIZER = "tokenizer/tokenizer.json"
+"""The source's own tokenizer in a bundle."""
 
 _VOCABULARIES = (
     "tokenizer.json",
@@ -53,8 +59,10 @@ class SourceTokenizer:
     stop_ids: tuple[int, ...]
     """Where generation ends. As in transformers' ``generate``, ``eos_token_id`` of generation_config.json
     alone decides where it is set; otherwise the union of config.json's and the tokenizer's own."""
-    backend: Any
+    backend: Any = field(repr=False)
     """The transformers tokenizer itself, for what this face does not cover."""
+    published: Any = field(default=None, repr=False)
+    """The `tokenizers` tokenizer of tokenizer.json, where it has all tokens that transformers knows."""
 
     @classmethod
     def load(cls, folder: Path) -> SourceTokenizer:
@@ -66,15 +74,26 @@ class SourceTokenizer:
             backend = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # tokenizers raises plain Exception on a file that it cannot read
             raise InputError(f"{folder}: the tokenizer cannot be loaded: {_first_line(error)}") from error
-        return cls(folder, _stop_ids(folder, backend.eos_token_id), backend)
+        return cls(folder, _stop_ids(folder, backend.eos_token_id), backend, _published(folder, backend))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, nothing added before or after it."""
-        return self._ids(text, special=False)
+        if self.published is None:
+            return self._ids(text, special=False)
+        ids: list[int] = self.published.encode(text, add_special_tokens=False).ids
+        return ids
 
     def encode_with_template(self, text: str) -> list[int]:
         """Return the ids of a text with the special tokens that the tokenizer adds around it."""
-        return self._ids(text, special=True)
+        before, after = self._template
+        return [*before, *self.encode(text), *after]
+
+    @functools.cached_property
+    def _template(self) -> tuple[list[int], list[int]]:
+        """What transformers adds before and after a text."""
+        whole, inner = self._ids("a", special=True), self._ids("a", special=False)
+        start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
+        return whole[:start], whole[start + len(inner) :]
 
     def encode_pair(self, question: str, passage: str) -> tuple[list[int], list[int]]:
         """Return ids and token types of a question with a passage; no types where the tokenizer makes none."""
@@ -89,7 +108,8 @@ class SourceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens included."""
-        text: str = self.backend.decode(list(ids), skip_special_tokens=False)
+        decoder = self.backend if self.published is None else self.published
+        text: str = decoder.decode(list(ids), skip_special_tokens=False)
         return text
 
     @property
@@ -195,6 +215,20 @@ class Detokenizer:
         if text and not text.startswith("\ufffd"):
             self._ids, self._shown = recent, len(text)
         self._context = len(self._ids)
+
+
+def _published(folder: Path, backend: Any) -> Any:
+    """Return the tokenizer of tokenizer.json; None without the file, or where transformers knows more tokens."""
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None
+    made = Tokenizer.from_file(str(file))
+    # Windows are cut later: a text is never to be shortened or filled up.
+    made.no_truncation()
+    made.no_padding()
+    return made if made.get_vocab(with_added_tokens=True) == backend.get_vocab() else None
 
 
 def _check_files(folder: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_decoder_at_8_bits_is_as_good_as_its_source(decoder: tuple[Path, dict[
         "stopping",
         "stop_tokens",
         "runner_text",
-        "tokenizer",
+        "tokenizer_agreement",
     }
 
 

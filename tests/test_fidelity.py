@@ -223,7 +223,9 @@ def test_another_tokenizer_in_the_bundle_fails(
 ) -> None:
     text = (pycode / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(text.replace("Ġ", "_"))
-    verdict = fidelity.judge_tokenizer(tokenizer, tmp_path, "text-generation")
+    verdict = fidelity.judge_tokenizer(
+        tokenizer, tmp_path, "text-generation", fidelity.default_gates("text-generation", 8)
+    )
     assert not all(check.passed for check in verdict.checks)
 
 

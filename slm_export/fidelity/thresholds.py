@@ -19,6 +19,7 @@ _DECODER = {
         max_perplexity_ratio=1.15,
         min_greedy_agreement=0.75,
         max_lowering_kl_mean=0.01,
+        min_tokenizer_agreement=0.9,
     ),
     8: Gates(
         max_kl_mean=0.02,
@@ -26,6 +27,7 @@ _DECODER = {
         max_perplexity_ratio=1.02,
         min_greedy_agreement=0.90,
         max_lowering_kl_mean=0.01,
+        min_tokenizer_agreement=0.9,
     ),
     16: Gates(
         max_kl_mean=0.001,
@@ -33,6 +35,7 @@ _DECODER = {
         max_perplexity_ratio=1.005,
         min_greedy_agreement=0.97,
         max_lowering_kl_mean=0.001,
+        min_tokenizer_agreement=0.9,
     ),
 }
 _EMBEDDING = {

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from slm_export.conformance import cases, compare
+from slm_export.gates import Gates
 from slm_export.results import Check
 from slm_export.runtime_tokenizers import ExecuTorchTokenizer, TokenizerLoadError
 from slm_export.tasks import GENERATION
 from slm_export.tokenizer import SourceTokenizer
 
-MOST_PARTED = 0.1
-"""A runtime whose tokenizer parts from the source's on more than this share of the strings fails. The strings are
-chosen to be hard; below it, what kinds of text part is said in a note."""
 _VOCABULARY_SAMPLE = 400
 
 
@@ -27,10 +25,11 @@ class TokenizerVerdict:
     notes: tuple[str, ...] = ()
 
 
-def judge_tokenizer(source: SourceTokenizer, bundled: Path, task: str) -> TokenizerVerdict:
+def judge_tokenizer(source: SourceTokenizer, bundled: Path, task: str, gates: Gates) -> TokenizerVerdict:
     """Run thousands of strings through ExecuTorch's tokenizer and the source's.
 
-    Given   ``bundled``: the bundle's tokenizer folder
+    Given   ``bundled``: the folder of the tokenizer that the runner is given
+    Below the threshold, what kinds of text part is said in a note.
     An encoder is fed token ids by the app, with whatever tokenizer the app has; ExecuTorch's not reading
     the file is then worth a note, not a failure. A decoder runs in ExecuTorch's own runner.
     """
@@ -39,7 +38,7 @@ def judge_tokenizer(source: SourceTokenizer, bundled: Path, task: str) -> Tokeni
         runtime = ExecuTorchTokenizer(bundled)
     except TokenizerLoadError as error:
         if decodes:
-            return TokenizerVerdict((Check("tokenizer", False, str(error)),))
+            return TokenizerVerdict((Check("tokenizer_agreement", False, str(error)),))
         reason = str(error).partition(": ")[2]
         return TokenizerVerdict(
             notes=(
@@ -53,9 +52,10 @@ def judge_tokenizer(source: SourceTokenizer, bundled: Path, task: str) -> Tokeni
     result = compare(
         source.encode, runtime.encode, source.decode, runtime.decode if decodes else None, strings
     )
-    share = result.mismatches / result.total
-    passed = share <= MOST_PARTED or not decodes
-    check = Check("tokenizer", passed, result.summary(), 1 - share, 1 - MOST_PARTED if decodes else None)
+    agreement = 1 - result.mismatches / result.total
+    limit = gates.min_tokenizer_agreement if decodes else None
+    passed = limit is None or agreement >= limit
+    check = Check("tokenizer_agreement", passed, result.summary(), agreement, limit)
     return TokenizerVerdict((check,), () if result.agreed else (f"tokenizer: {result.summary()}",))
 
 
