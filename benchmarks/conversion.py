@@ -63,6 +63,7 @@ def main() -> None:
 
 
 def _rows(name: str, work: Path, arguments: argparse.Namespace) -> list[tuple[str, str, int, Cost]]:
+    work = work.resolve()
     folder = make(name, work / name)
     source = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     rows = [(name, "slm-export", source, ours(folder, work / f"{name}-android", arguments.memory))]
@@ -100,17 +101,19 @@ def peer(name: str, folder: Path, out: Path) -> Cost:
         "backend.xnnpack.extended_ops": True,
         "export.max_seq_length": CONTEXT,
         "export.max_context_length": CONTEXT,
-        "export.output_dir": out.parent,
         "export.output_name": out.name,
     }
     try:
         command = [sys.executable, "-m", module, *(f"{key}={value}" for key, value in options.items())]
-        return _measured(command, lambda: out)
+        # It writes into the current folder, whatever output_dir says.
+        return _measured(command, lambda: out, cwd=out.parent)
     finally:
         checkpoint.unlink()
 
 
-def _measured(command: Sequence[str], made: Callable[[], Path], memory: float | None = None) -> Cost:
+def _measured(
+    command: Sequence[str], made: Callable[[], Path], memory: float | None = None, cwd: Path | None = None
+) -> Cost:
     def limit() -> None:
         if memory:
             size = int(memory * 2**30)
@@ -118,7 +121,7 @@ def _measured(command: Sequence[str], made: Callable[[], Path], memory: float | 
 
     began = time.monotonic()
     with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=limit)
+        child = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=limit, cwd=cwd)
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.monotonic() - began

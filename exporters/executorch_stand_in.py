@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -129,9 +129,11 @@ def _random(weight: Weight, generator: torch.Generator) -> Weight:
         values = torch.rand(weight.shape, generator=generator).to(weight.dtype)
         return Dense(weight.shape, weight.dtype, lambda: values)
     low, high = (-127, 128) if weight.bits == 8 else (0, 256)
-    packed = torch.empty_like(weight.packed).random_(low, high, generator=generator)
-    scales = torch.rand(weight.scales.shape, generator=generator) + SMALLEST_SCALE
-    return replace(weight, packed=packed, scales=grid_scale(scales))
+    rows, columns = weight.shape
+    kind = torch.int8 if weight.bits == 8 else torch.uint8
+    packed = torch.empty(rows, columns * weight.bits // 8, dtype=kind).random_(low, high, generator=generator)
+    scales = torch.rand(rows, columns // weight.group, generator=generator) + SMALLEST_SCALE
+    return Quantized.of(weight.shape, weight.bits, packed, grid_scale(scales))
 
 
 def _hollow(weight: Weight) -> Weight:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from slm_export.checkpoint import Checkpoint, PassResult
 from slm_export.errors import InputError
+from slm_export.finished import IN_MEMORY, Keeper
 from slm_export.weights import (
     CODE_RANGE,
     GROUPS,
@@ -66,13 +67,14 @@ class GroupQuantize:
         if self.group not in GROUPS:
             raise InputError(f"group-quantize: group must be one of {GROUPS}, not {self.group!r}")
 
-    def run(self, checkpoint: Checkpoint) -> PassResult:
+    def run(self, checkpoint: Checkpoint, keeper: Keeper = IN_MEMORY) -> PassResult:
         """Quantize every matrix of the checkpoint, one at a time."""
         self.check(checkpoint)
         changed: dict[str, Weight] = {}
         skipped: dict[str, str] = {}
         for name, weight in checkpoint.weights.items():
-            result = self._convert(weight, self._bits_of(checkpoint.roles.get(name, "other")))
+            bits = self._bits_of(checkpoint.roles.get(name, "other"))
+            result = self._convert(name, weight, bits, keeper)
             if isinstance(result, str):
                 skipped[name] = result
             else:
@@ -89,7 +91,7 @@ class GroupQuantize:
             return max(8, self.embedding_bits)
         return self.embedding_bits if role == "embedding" else 0
 
-    def _convert(self, weight: Weight, bits: int) -> Weight | str:
+    def _convert(self, name: str, weight: Weight, bits: int, keeper: Keeper) -> Weight | str:
         if not isinstance(weight, Dense):
             return "already quantized"
         if not bits:
@@ -100,7 +102,8 @@ class GroupQuantize:
             return _half(weight)
         if bits == 4 and weight.shape[1] % GROUPS[0]:
             return f"{weight.shape[1]} columns do not divide by {GROUPS[0]}, the smallest group"
-        return quantize(weight.load(), bits, self.group if bits == 4 else weight.shape[1], self.search)
+        group = self.group if bits == 4 else weight.shape[1]
+        return keeper.keep(name, lambda: quantize(weight.load(), bits, group, self.search))
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Refuse what cannot mean what the user asked for."""
@@ -132,7 +135,7 @@ def quantize(values: Tensor, bits: int, group: int, search: bool = True) -> Quan
     rows = max(1, _BLOCK // values.shape[1])
     blocks = [_quantize_block(block.float(), bits, group, search) for block in torch.split(values, rows)]
     packed, scales = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    return Quantized((values.shape[0], values.shape[1]), bits, packed, scales)
+    return Quantized.of((values.shape[0], values.shape[1]), bits, packed, scales)
 
 
 def _quantize_block(values: Tensor, bits: int, group: int, search: bool) -> tuple[Tensor, Tensor]:
@@ -142,8 +145,7 @@ def _quantize_block(values: Tensor, bits: int, group: int, search: bool) -> tupl
     if search:
         found = grid_scale(_search(groups, largest, bits))
         best = torch.where(_error(groups, found, bits) < _error(groups, best, bits), found, best)
-    part = quantized(_codes(groups, best, bits).to(torch.int8).reshape(values.shape), best, bits)
-    return part.packed, part.scales
+    return quantized(_codes(groups, best, bits).to(torch.int8).reshape(values.shape), best, bits).load()
 
 
 def _search(groups: Tensor, largest: Tensor, bits: int) -> Tensor:

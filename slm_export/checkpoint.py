@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol
 
+from slm_export.finished import IN_MEMORY, Keeper
 from slm_export.weights import Weight
 
 Role = Literal["embedding", "head", "table", "linear", "other"]
@@ -79,5 +80,5 @@ class Pass(Protocol):
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise InputError where the options do not fit the model; reads no weight."""
 
-    def run(self, checkpoint: Checkpoint) -> PassResult:
-        """Return the transformed checkpoint, of one that ``check`` accepts."""
+    def run(self, checkpoint: Checkpoint, keeper: Keeper = IN_MEMORY) -> PassResult:
+        """Return the transformed checkpoint, of one that ``check`` accepts; each weight made goes to ``keeper``."""

@@ -14,6 +14,7 @@ from slm_export.compilation import Plan, context_for
 from slm_export.errors import GateError
 from slm_export.evaltext import load_documents
 from slm_export.fidelity.judging import checks_of
+from slm_export.finished import IN_MEMORY, Finished, Keeper, cache_folder, finished_weights, until_the_end
 from slm_export.gates import Gates
 from slm_export.hub import find_model
 from slm_export.judge import judge_artifact
@@ -21,7 +22,16 @@ from slm_export.load import check_values, load_checkpoint
 from slm_export.progress import Progress
 from slm_export.provenance import facts_of, refuse_large_vocabulary, runtime_facts
 from slm_export.recipe import lowest_bits, options_of, relative_error, unaccounted
-from slm_export.results import Artifact, Check, FormatResult, Latency, PassRow, Quality, Report
+from slm_export.results import (
+    Artifact,
+    Check,
+    FormatResult,
+    Latency,
+    ModelFacts,
+    PassRow,
+    Quality,
+    Report,
+)
 from slm_export.runtime import Exporter, ExportOptions
 from slm_export.tasks import GENERATION
 from slm_export.tokenizer import OWN_TOKENIZER, SourceTokenizer
@@ -51,14 +61,15 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
     # Only now, because a compiler takes seconds to import: a mistyped folder is told of at once.
     plan.ready()
     out = plan.request.out or Path(f"{folder.resolve().name}-{plan.profile.target}")
-    with bundle.staged(out, plan.request.force) as staging:
+    with bundle.staged(out, plan.request.force) as staging, until_the_end() as kept:
         source, tokenizer, options = _read(plan, folder, progress)
-        checkpoint, passes = _optimize(plan, source, progress)
+        facts = _facts(source, options, progress)
+        checkpoint, passes, notes = _optimize(plan, source, facts, kept, progress)
         gates = _gates(plan, checkpoint)
         plan.target.bundle(tokenizer, staging.path)
         runners = _runner_tokenizers(plan, source, staging.path)
         results: list[FormatResult] = []
-        notes = list(plan.notes) + [f"{name}: not used: {why}" for name, why in source.unused.items()]
+        notes = [*plan.notes, *notes, *(f"{name}: not used: {why}" for name, why in source.unused.items())]
         for exporter in plan.exporters:
             artifact = _write(exporter, checkpoint, options, staging.path, progress)
             result, more = _prove(
@@ -76,7 +87,7 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
             results.append(result)
             notes += more
         report = Report(
-            model=facts_of(source, options.context),
+            model=facts,
             target=plan.profile.target,
             device=plan.profile.name,
             device_title=plan.profile.title,
@@ -89,8 +100,8 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
             notes=tuple(notes),
         )
         _refuse_failures(report)
-        facts = runtime_facts(source, tokenizer, options, runners)
-        report = bundle.write_documents(staging.path, report, gates=gates, runtime=facts)
+        runtime = runtime_facts(source, tokenizer, options, runners)
+        report = bundle.write_documents(staging.path, report, gates=gates, runtime=runtime)
         return report, staging.commit()
 
 
@@ -110,12 +121,25 @@ def _read(plan: Plan, folder: Path, progress: Progress) -> tuple[Checkpoint, Sou
     return source, tokenizer, options
 
 
-def _optimize(plan: Plan, source: Checkpoint, progress: Progress) -> tuple[Checkpoint, tuple[PassRow, ...]]:
-    checkpoint, rows = source, []
+def _facts(source: Checkpoint, options: ExportOptions, progress: Progress) -> ModelFacts:
+    with progress.stage("hash the model"):
+        return facts_of(source, options.context)
+
+
+def _optimize(
+    plan: Plan, source: Checkpoint, facts: ModelFacts, kept: list[Finished], progress: Progress
+) -> tuple[Checkpoint, tuple[PassRow, ...], list[str]]:
+    checkpoint, rows, notes = source, [], []
+    done: list[object] = [facts.source_sha256]
     for step in plan.recipe:
         began = time.monotonic()
-        with progress.stage(step.name), bundle.machine_errors(f"run {step.name}"):
-            result = step.run(checkpoint)
+        done.append({"pass": step.name, **options_of(step)})
+        keeper, note = _keeper(done, kept)
+        with progress.stage(step.name), bundle.machine_errors(f"run {step.name}", cache_folder()):
+            result = step.run(checkpoint, keeper)
+        if isinstance(keeper, Finished) and keeper.reused:
+            note = f"{step.name}: {len(keeper.reused)} weights were finished by an interrupted export"
+        notes += [note] if note else []
         if forgotten := unaccounted(checkpoint, result.checkpoint, result.skipped):
             raise AssertionError(f"{step.name}: neither changed nor skipped with a reason: {forgotten}")
         rows.append(
@@ -131,7 +155,17 @@ def _optimize(plan: Plan, source: Checkpoint, progress: Progress) -> tuple[Check
             )
         )
         checkpoint = replace(result.checkpoint, history=(*checkpoint.history, step.name))
-    return checkpoint, tuple(rows)
+    return checkpoint, tuple(rows), notes
+
+
+def _keeper(done: list[object], kept: list[Finished]) -> tuple[Keeper, str | None]:
+    """Return what keeps the weights of a pass, and a note where that cannot be the disk."""
+    try:
+        keeper = finished_weights(done)
+    except OSError as error:
+        return IN_MEMORY, f"{cache_folder()} cannot be written ({error.strerror}): weights are held in memory"
+    kept.append(keeper)
+    return keeper, None
 
 
 def _runner_tokenizers(plan: Plan, source: Checkpoint, folder: Path) -> dict[str, str]:

@@ -58,27 +58,35 @@ class Quantized:
 
     shape: tuple[int, int]
     bits: int
-    packed: Tensor
-    """int8: the codes, int8 (out, in). int4: two per byte, uint8 (out, in / 2), even column in the low nibble."""
-    scales: Tensor
-    """float32 (out, groups), each a bfloat16 value of at least 2^-17."""
+    group: int
+    """Columns that share a scale; all of them at 8 bits."""
+    load: Callable[[], tuple[Tensor, Tensor]]
+    """Returns codes and scales, as `packed` and `scales` are; from memory or from disk."""
 
-    def __post_init__(self) -> None:
-        rows, columns = self.shape
-        assert self.bits in CODE_RANGE
-        assert self.packed.shape == (rows, columns * self.bits // 8), self.packed.shape
-        assert self.scales.shape[0] == rows, self.scales.shape
-        assert columns % self.scales.shape[1] == 0, self.scales.shape
+    @staticmethod
+    def of(shape: tuple[int, int], bits: int, packed: Tensor, scales: Tensor) -> Quantized:
+        """Return a matrix that is in memory."""
+        rows, columns = shape
+        assert bits in CODE_RANGE
+        assert packed.shape == (rows, columns * bits // 8), packed.shape
+        assert scales.shape[0] == rows, scales.shape
+        assert columns % scales.shape[1] == 0, scales.shape
+        return Quantized(shape, bits, columns // scales.shape[1], lambda: (packed, scales))
 
     @property
-    def group(self) -> int:
-        """Columns that share a scale; all of them at 8 bits."""
-        return self.shape[1] // self.scales.shape[1]
+    def packed(self) -> Tensor:
+        """int8: the codes, int8 (out, in). int4: two per byte, uint8 (out, in / 2), even column in the low nibble."""
+        return self.load()[0]
+
+    @property
+    def scales(self) -> Tensor:
+        """float32 (out, groups), each a bfloat16 value of at least 2^-17."""
+        return self.load()[1]
 
     @property
     def bytes(self) -> int:
         """Size in storage: the codes, and two bytes per scale."""
-        return self.packed.numel() + 2 * self.scales.numel()
+        return self.count * self.bits // 8 + 2 * (self.count // self.group)
 
     @property
     def count(self) -> int:
@@ -87,17 +95,18 @@ class Quantized:
 
     def codes(self) -> Tensor:
         """Return the codes, int8 (out, in)."""
-        return self.packed if self.bits == 8 else unpack_int4(self.packed)
+        return unpack(self.packed, self.bits)
 
     def float32(self) -> Tensor:
         """Return code * scale, float32 (out, in)."""
-        codes = self.codes().to(torch.float32).view(*self.scales.shape, self.group)
-        return (codes * self.scales.unsqueeze(-1)).view(self.shape)
+        packed, scales = self.load()
+        codes = unpack(packed, self.bits).to(torch.float32).view(*scales.shape, self.group)
+        return (codes * scales.unsqueeze(-1)).view(self.shape)
 
     def rows(self, index: Tensor | slice) -> Tensor:
         """Return some rows as float32 (rows, in)."""
-        packed = self.packed[index]
-        return Quantized((packed.shape[0], self.shape[1]), self.bits, packed, self.scales[index]).float32()
+        packed, scales = (part[index] for part in self.load())
+        return Quantized.of((packed.shape[0], self.shape[1]), self.bits, packed, scales).float32()
 
 
 Weight = Dense | Quantized
@@ -123,6 +132,11 @@ def pack_int4(codes: Tensor) -> Tensor:
     return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
 
 
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """Return codes, int8 (out, in), of codes as they are stored."""
+    return packed if bits == 8 else unpack_int4(packed)
+
+
 def unpack_int4(packed: Tensor) -> Tensor:
     """Undo `pack_int4`: int8 (out, in)."""
     # An arithmetic shift of the signed byte extends the sign of the high nibble.
@@ -133,4 +147,4 @@ def unpack_int4(packed: Tensor) -> Tensor:
 def quantized(codes: Tensor, scales: Tensor, bits: int) -> Quantized:
     """Return codes int8 (out, in) and grid scales float32 (out, groups) as a weight."""
     shape = (codes.shape[0], codes.shape[1])
-    return Quantized(shape, bits, codes if bits == 8 else pack_int4(codes), scales)
+    return Quantized.of(shape, bits, codes if bits == 8 else pack_int4(codes), scales)

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from forked import Forked, forked
 
+from slm_export.finished import CACHE_VARIABLE
+
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
@@ -109,3 +111,11 @@ def command(*args: str | Path) -> list[str]:
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", **(extra or {})}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache folder of every export in the tests; not the user's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ[CACHE_VARIABLE] = str(folder)
+    return folder

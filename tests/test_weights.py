@@ -74,9 +74,9 @@ def test_the_size_is_that_of_codes_and_bfloat16_scales():
 
 def test_shapes_that_contradict_each_other_are_our_own_bug():
     with pytest.raises(AssertionError):
-        Quantized((4, 64), 4, torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 2))
+        Quantized.of((4, 64), 4, torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 2))
     with pytest.raises(AssertionError):
-        Quantized((4, 64), 8, torch.zeros(4, 64, dtype=torch.int8), torch.ones(3, 1))
+        Quantized.of((4, 64), 8, torch.zeros(4, 64, dtype=torch.int8), torch.ones(3, 1))
 
 
 def test_dense_floats_are_read_when_asked_for_and_not_before():

@@ -1,0 +1,155 @@
+"""Weights that a pass has finished, on disk: memory stays small, and an interrupted export goes on where it stopped.
+
+A finished weight is a file in the cache folder, mapped when it is used. It lies under a hash of all that it follows
+from: the source model, the passes up to this one with their options, this program's version; so what is found there
+is what would be computed again. An export that ends, well or not, removes its files; a killed or interrupted one
+leaves them to the next, and files that nobody came back for are removed after a week.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slm_export import __version__
+from slm_export.errors import GateError
+from slm_export.weights import CODE_RANGE, Quantized
+
+CACHE_VARIABLE = "SLM_EXPORT_CACHE"
+_FORGOTTEN_S = 7 * 24 * 3600.0
+
+
+class Keeper(Protocol):
+    """Keeps the weights that a pass makes, one by one."""
+
+    def keep(self, name: str, make: Callable[[], Quantized]) -> Quantized:
+        """Return the weight ``name``: kept from an earlier run, or made now."""
+
+
+class InMemory:
+    """Keeps nothing but the weights themselves."""
+
+    def keep(self, name: str, make: Callable[[], Quantized]) -> Quantized:
+        """Make it."""
+        return make()
+
+
+IN_MEMORY = InMemory()
+
+
+@dataclass
+class Finished:
+    """The finished weights of one pass of one export."""
+
+    folder: Path
+    reused: list[str] = field(default_factory=list)
+    """Names of the weights that an earlier run had finished."""
+
+    def keep(self, name: str, make: Callable[[], Quantized]) -> Quantized:
+        """Return the weight from its file; made and written first, if it is not there."""
+        path = self.folder / f"{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
+        found = _read(path)
+        if found is not None:
+            self.reused.append(name)
+            return found
+        _write(path, make())
+        found = _read(path)
+        assert found is not None, path
+        return found
+
+
+def cache_folder() -> Path:
+    """Return where finished weights are: $SLM_EXPORT_CACHE, or slm-export in the user's cache folder."""
+    if given := os.environ.get(CACHE_VARIABLE):
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "slm-export"
+
+
+def finished_weights(follows_from: Sequence[object]) -> Finished:
+    """Return the place for weights that follow from these JSON values; an OSError where it cannot be made."""
+    key = hashlib.sha256(json.dumps([__version__, *follows_from]).encode()).hexdigest()
+    root = cache_folder() / "finished"
+    _remove_forgotten(root)
+    folder = root / key[:32]
+    folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
+    return Finished(folder)
+
+
+@contextmanager
+def until_the_end() -> Iterator[list[Finished]]:
+    """Remove what the list then holds when the export ends, by success or by a verdict; weights stay readable."""
+    kept: list[Finished] = []
+    try:
+        yield kept
+    except GateError:
+        _forget(kept)
+        raise
+    _forget(kept)
+
+
+def _forget(kept: Sequence[Finished]) -> None:
+    for finished in kept:
+        shutil.rmtree(finished.folder, ignore_errors=True)
+
+
+def _remove_forgotten(root: Path) -> None:
+    for folder in root.glob("*"):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > _FORGOTTEN_S:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(path: Path, weight: Quantized) -> None:
+    packed, scales = weight.load()
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    # Scales are bfloat16 values, so nothing is lost.
+    tensors = {"packed": packed.contiguous(), "scales": scales.to(torch.bfloat16)}
+    try:
+        save_file(tensors, part, {"bits": str(weight.bits)})
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Quantized | None:
+    """Return the weight of a file; None where there is none, or one that was cut short by a dying machine."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            bits = int((file.metadata() or {})["bits"])
+            rows, width = file.get_slice("packed").get_shape()
+            groups = file.get_slice("scales").get_shape()[1]
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+    columns = width * 8 // bits
+    if bits not in CODE_RANGE or columns % groups:
+        return None
+    return Quantized((rows, columns), bits, columns // groups, _Load(path))
+
+
+class _Load:
+    """Maps codes and scales of one file, which stays open: removing it takes nothing away."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        os.close(self._file)
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        with safe_open(f"/dev/fd/{self._file}", framework="pt") as file:
+            return file.get_tensor("packed"), file.get_tensor("scales").to(torch.float32)
