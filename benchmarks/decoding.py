@@ -3,7 +3,8 @@
     python benchmarks/decoding.py OURS.pte PEER.pte ...
 
 Every program is open in a process of its own; rounds alternate between them, so that what disturbs the machine
-disturbs all. Medians over the rounds, with the range; ratios to the last program named.
+disturbs all. Medians over the rounds, with the range; ratios to the last program named. A token that is decoded needs
+every weight once, so decoding cannot be faster than the machine reads memory, which is measured too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -101,6 +103,18 @@ def compare(paths: list[Path], threads: int) -> list[Speed]:
     ]
 
 
+def read_bandwidth(threads: int) -> float:
+    """Return bytes per second that this machine reads: the best of some sums over 1 GiB."""
+    torch.set_num_threads(threads)
+    values = torch.ones(1 << 28)
+    best = float("inf")
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        values.sum()
+        best = min(best, time.perf_counter() - began)
+    return values.nbytes / best
+
+
 def main() -> None:
     """Print a row per program."""
     parser = argparse.ArgumentParser(
@@ -131,6 +145,12 @@ def main() -> None:
         f"{arguments.threads} threads, {ROUNDS} rounds, context positions {PROMPT} to {PROMPT + DECODED}"
     )
     console.print(table)
+    bandwidth = read_bandwidth(arguments.threads)
+    console.print(
+        f"this machine reads {bandwidth / 1e9:.1f} GB/s; of that, bytes of the file x decode tok/s take"
+    )
+    for path, speed in zip(arguments.programs, speeds, strict=True):
+        console.print(f"  {path}: {path.stat().st_size * median(speed.decode) / bandwidth:.0%}")
     last = speeds[-1]
     for path, speed in zip(arguments.programs[:-1], speeds, strict=False):
         console.print(
