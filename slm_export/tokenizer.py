@@ -79,9 +79,13 @@ class SourceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, nothing added before or after it."""
         if self.published is None:
-            return self._ids(text, special=False)
+            return self.encode_by_transformers(text)
         ids: list[int] = self.published.encode(text, add_special_tokens=False).ids
         return ids
+
+    def encode_by_transformers(self, text: str) -> list[int]:
+        """Return what transformers makes of a text, nothing added before or after it."""
+        return self._ids(text, special=False)
 
     def encode_with_template(self, text: str) -> list[int]:
         """Return the ids of a text with the special tokens that the tokenizer adds around it."""

@@ -138,6 +138,19 @@ def test_an_encoder_unquantized_is_transformers_own(name: str, tmp_path: Path) -
         assert apart(got, tasks.rows(checkpoint.task, expected, length)) <= UNQUANTIZED
 
 
+@pytest.mark.parametrize("name", families.ENCODERS)
+def test_an_encoder_at_8_bits_is_its_reference(name: str, tmp_path: Path) -> None:
+    families.save(families.ENCODERS[name], tmp_path)
+    quantized = INT8.run(load_checkpoint(tmp_path)).checkpoint
+    session = session_of(quantized, tmp_path)
+    assert isinstance(session, EncoderSession)
+    ids = ids_of(24)
+    with torch.no_grad():
+        expected = build_reference(quantized, quantize_activations=True)(ids, torch.ones_like(ids))[0]
+    got = session.outputs(ids[0].tolist(), [1] * 24)
+    assert apart(got, expected) <= ROUNDING
+
+
 def test_layers_that_share_weights_are_stored_once(tmp_path: Path) -> None:
     family = families.ENCODERS["albert"]
     families.save(family, tmp_path)

@@ -10,8 +10,13 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from slm_export.conformance import Conformance, cases, compare
+from slm_export.exporters.executorch import ExecuTorchExporter
+from slm_export.fidelity import judge_tokenizer
+from slm_export.gates import Gates
 from slm_export.phone_tokenizer import for_executorch
 from slm_export.runtime_tokenizers import ExecuTorchTokenizer, TokenizerLoadError
+from slm_export.tokenizer import SourceTokenizer
+from slm_export.tokenizer_bundle import write_tokenizer
 
 BOUNDARY = "\u2581"
 SPECIAL = ("<unk>", "<s>", "</s>")
@@ -105,3 +110,19 @@ def test_what_it_cannot_read_is_said(model: Any, tmp_path: Path) -> None:
     made.pre_tokenizer = pre_tokenizers.Metaspace()
     with pytest.raises(TokenizerLoadError, match="ExecuTorch's tokenizer cannot load it"):
         read_by_executorch(made, tmp_path)
+
+
+def test_where_transformers_parts_from_the_file_is_said(tmp_path: Path) -> None:
+    llama_2().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}'
+    )
+    source = SourceTokenizer.load(tmp_path)
+    assert source.encode("  a") != source.encode_by_transformers("  a")
+    bundle = tmp_path / "bundle"
+    write_tokenizer(source, bundle / "tokenizer")
+    assert ExecuTorchExporter().runner_tokenizer(bundle) == "executorch/tokenizer/tokenizer.json"
+    runner = bundle / "executorch" / "tokenizer"
+    verdict = judge_tokenizer(source, runner, "text-generation", Gates(min_tokenizer_agreement=1.0))
+    assert [check.passed for check in verdict.checks] == [True]
+    assert [("transformers reads" in note) for note in verdict.notes] == [True]

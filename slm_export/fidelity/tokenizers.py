@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm_export.conformance import cases, compare
+from slm_export.conformance import Case, cases, compare
 from slm_export.gates import Gates
 from slm_export.results import Check
 from slm_export.runtime_tokenizers import ExecuTorchTokenizer, TokenizerLoadError
@@ -56,7 +56,20 @@ def judge_tokenizer(source: SourceTokenizer, bundled: Path, task: str, gates: Ga
     limit = gates.min_tokenizer_agreement if decodes else None
     passed = limit is None or agreement >= limit
     check = Check("tokenizer_agreement", passed, result.summary(), agreement, limit)
-    return TokenizerVerdict((check,), () if result.agreed else (f"tokenizer: {result.summary()}",))
+    notes = () if result.agreed else (f"tokenizer: {result.summary()}",)
+    return TokenizerVerdict((check,), (*notes, *_transformers_parts(source, strings)))
+
+
+def _transformers_parts(source: SourceTokenizer, strings: Sequence[Case]) -> tuple[str, ...]:
+    """Say where transformers reads text otherwise than the file that it comes with."""
+    result = compare(source.encode, source.encode_by_transformers, source.decode, None, strings)
+    if result.agreed:
+        return ()
+    kinds = ", ".join(kind for kind, (wrong, _) in result.by_kind.items() if wrong)
+    return (
+        f"tokenizer: transformers reads {result.mismatches:,} of {result.total:,} strings otherwise than "
+        f"tokenizer.json, which is what the app has and what this artifact was judged with: {kinds}",
+    )
 
 
 def judge_stop_tokens(metadata: Mapping[str, Any], stop_ids: tuple[int, ...]) -> Check:
