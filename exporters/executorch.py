@@ -165,12 +165,12 @@ def _constants(checkpoint: Checkpoint, options: ExportOptions) -> Mapping[str, A
 
 
 def _write_encoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Signature:
-    from slm_export.exporters.executorch_dialect import ExecuTorchDialect
+    from slm_export.exporters.executorch_dialect import ExecuTorchDialect, register_whole_attention
     from slm_export.exporters.executorch_lowering import to_edge, write
     from slm_export.model import build_encoder
 
     dialect = ExecuTorchDialect()
-    encoder = build_encoder(checkpoint, dialect)
+    encoder = build_encoder(checkpoint, dialect, register_whole_attention())
     names = ["input_ids", "attention_mask", "token_type_ids"][: 2 + encoder.takes_token_types]
     least, program = _trace_encoder(dialect.with_norms(encoder), len(names), options.context)
     constants = {

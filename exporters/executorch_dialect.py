@@ -17,7 +17,11 @@ from torch import Tensor, nn
 
 from slm_export.dialect import AttentionShape, Position
 from slm_export.exporters.executorch_stand_in import xnnpack_nibbles
+from slm_export.model import refuse_unknown
 from slm_export.weights import CODE_RANGE, Dense, Quantized, Weight
+
+_WHOLE = "slm_export_whole"
+"""Our encoders' attention among transformers' attention functions."""
 
 
 class ExecuTorchDialect:
@@ -190,6 +194,38 @@ class _SoftcappedAttention(_CachedAttention):
         scores = torch.tanh(scores / shape.softcap) * shape.softcap
         scores = scores + self.position.mask(query.shape[2], shape.context, shape.window)
         return (scores.softmax(dim=-1) @ values).transpose(1, 2)
+
+
+def register_whole_attention() -> str:
+    """Register attention of an encoder with transformers; return its name there."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(_WHOLE, _attend_whole)
+    AttentionMaskInterface.register(_WHOLE, eager_mask)
+    return _WHOLE
+
+
+def _attend_whole(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend to all tokens at once, batch 1: (1, heads, tokens, width) -> (1, tokens, heads, width).
+
+    The products have three dimensions: of four, each operand would be copied, and the graph cut at every copy.
+    """
+    refuse_unknown(options)
+    query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+    scores = torch.bmm(query, key.transpose(1, 2)) * (scaling or query.shape[-1] ** -0.5)
+    if attention_mask is not None:
+        scores = scores + attention_mask.flatten(0, 1)
+    attended = torch.bmm(scores.softmax(dim=-1), value).transpose(0, 1)
+    return attended.reshape(1, *attended.shape), None
 
 
 class _RMSNorm(nn.Module):

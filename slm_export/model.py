@@ -95,11 +95,17 @@ def build_decoder(checkpoint: Checkpoint, dialect: Dialect, context: int) -> Dec
     return decoder.eval()
 
 
-def build_encoder(checkpoint: Checkpoint, dialect: Dialect) -> Encoder:
-    """Return the encoder and the pooling or the scores that its task calls for."""
+def build_encoder(checkpoint: Checkpoint, dialect: Dialect, attention: str = "eager") -> Encoder:
+    """Return the encoder and the pooling or the scores that its task calls for.
+
+    Given   attention: a function registered with transformers' AttentionInterface, used where the family attends
+            through that interface
+    """
     architecture = architecture_of(checkpoint)
+    if not getattr(architecture.cls, "_supports_attention_backend", False):
+        attention = "eager"
     pooling = read_pooling(checkpoint.folder) if checkpoint.task == EMBEDDING else None
-    return Encoder(_filled(checkpoint, architecture, "eager", dialect), checkpoint.task, pooling).eval()
+    return Encoder(_filled(checkpoint, architecture, attention, dialect), checkpoint.task, pooling).eval()
 
 
 def build_reference(checkpoint: Checkpoint, *, quantize_activations: bool = False) -> nn.Module:
@@ -221,7 +227,7 @@ def _put_caches(decoder: Decoder, dialect: Dialect) -> None:
     shapes: dict[nn.Module, AttentionShape] = {}
 
     def report(layer: nn.Module, key: Tensor, scaling: float, options: dict[str, Any]) -> None:
-        _refuse_unknown(options)
+        refuse_unknown(options)
         shapes[layer] = AttentionShape(
             kv_heads=int(key.shape[1]),
             head_dim=int(key.shape[3]),
@@ -248,7 +254,7 @@ def _put_caches(decoder: Decoder, dialect: Dialect) -> None:
         layer.cached_attention = dialect.cached_attention(shape, decoder.position)
 
 
-def _refuse_unknown(options: Mapping[str, Any]) -> None:
+def refuse_unknown(options: Mapping[str, Any]) -> None:
     """Refuse attention that takes a tensor we know nothing of, such as learned sinks: it must not be left out."""
     for name, value in options.items():
         if isinstance(value, Tensor) and name not in ("position_ids", "cache_position"):
