@@ -145,12 +145,7 @@ def main() -> None:
         f"{arguments.threads} threads, {ROUNDS} rounds, context positions {PROMPT} to {PROMPT + DECODED}"
     )
     console.print(table)
-    bandwidth = read_bandwidth(arguments.threads)
-    console.print(
-        f"this machine reads {bandwidth / 1e9:.1f} GB/s; of that, bytes of the file x decode tok/s take"
-    )
-    for path, speed in zip(arguments.programs, speeds, strict=True):
-        console.print(f"  {path}: {path.stat().st_size * median(speed.decode) / bandwidth:.0%}")
+    console.print(f"this machine reads {read_bandwidth(arguments.threads) / 1e9:.1f} GB/s")
     last = speeds[-1]
     for path, speed in zip(arguments.programs[:-1], speeds, strict=False):
         console.print(
