@@ -6,7 +6,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from slm_export.checkpoint import Checkpoint
+from slm_export.exporters.executorch import ExecuTorchExporter
+from slm_export.optimizers.group_quantize import GroupQuantize
+from slm_export.runtime import ExportOptions
+
 VOCABULARY = 512
+STOP = 2
 POSITIONS = 128
 WINDOW = 16
 _DECODER = {
@@ -69,6 +78,14 @@ _LONG_ROPE = {
     "original_max_position_embeddings": 64,
 }
 _GEMMA = {"head_dim": 32, "sliding_window": WINDOW, "query_pre_attn_scalar": 32}
+
+UNQUANTIZED = 1e-3
+"""Share of the range of the scores that an unquantized artifact may differ by."""
+ROUNDING = 0.03
+"""Share of the range that int8 activations may differ by where two roundings fall on either side of an edge."""
+
+WHOLE = GroupQuantize(bits=32, embedding_bits=32)
+INT8 = GroupQuantize(bits=8, embedding_bits=8)
 
 Family = tuple[str, str, Mapping[str, Any]]
 """Class, configuration class, and what the configuration says."""
@@ -137,7 +154,6 @@ ENCODERS: Mapping[str, Family] = {
 
 def save(family: Family, folder: Path) -> None:
     """Write a model of the family to ``folder``."""
-    import torch
     import transformers
 
     name, config, options = family
@@ -155,7 +171,6 @@ def save(family: Family, folder: Path) -> None:
 
 def eager(family: Family, folder: Path) -> Callable[..., Any]:
     """Return the oracle: transformers' own model of ``folder``, eager attention, float32."""
-    import torch
     import transformers
 
     cls = getattr(transformers, family[0])
@@ -163,6 +178,25 @@ def eager(family: Family, folder: Path) -> Callable[..., Any]:
         folder, attn_implementation="eager", dtype=torch.float32
     ).eval()
     return model
+
+
+def exported(checkpoint: Checkpoint, path: Path) -> Any:
+    """Write a program and return a session of it."""
+    exporter = ExecuTorchExporter()
+    exporter.ready()
+    exporter.check(checkpoint)
+    exporter.write(checkpoint, ExportOptions(context=64, stop_ids=(STOP,), bos_id=1), path)
+    return exporter.open(path, checkpoint.task)
+
+
+def apart(got: Tensor, expected: Tensor) -> float:
+    """Return the largest difference as a share of the range of what is expected."""
+    return float((got - expected).abs().max() / (expected.max() - expected.min()))
+
+
+def ids_of(count: int) -> Tensor:
+    """Return random token ids, int64 (1, count)."""
+    return torch.randint(3, VOCABULARY, (1, count), generator=torch.Generator().manual_seed(5))
 
 
 def save_tokenizer(folder: Path) -> None:

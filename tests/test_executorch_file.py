@@ -12,11 +12,9 @@ import torch
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.exporters import executorch_lowering as lowering
-from slm_export.exporters.executorch import ExecuTorchExporter
 from slm_export.exporters.executorch_stand_in import constants_of
 from slm_export.load import load_checkpoint
 from slm_export.optimizers.group_quantize import GroupQuantize
-from slm_export.runtime import DecoderSession, ExportOptions
 
 RECIPES = {
     "4 bits": GroupQuantize(bits=4, group=32, embedding_bits=4),
@@ -29,15 +27,6 @@ def checkpoint(folder: Path, recipe: str, *, tied: bool) -> Checkpoint:
     name, config, options = families.DECODERS["qwen-2.5"]
     families.save((name, config, {**options, "num_hidden_layers": 1, "tie_word_embeddings": tied}), folder)
     return RECIPES[recipe].run(load_checkpoint(folder)).checkpoint
-
-
-def write(checkpoint: Checkpoint, path: Path) -> DecoderSession:
-    exporter = ExecuTorchExporter()
-    exporter.ready()
-    exporter.write(checkpoint, ExportOptions(64, (2,), 1), path)
-    session = exporter.open(path, "text-generation")
-    assert isinstance(session, DecoderSession)
-    return session
 
 
 def as_emitted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,9 +43,9 @@ def test_a_tied_vocabulary_is_stored_once(
     model = checkpoint(tmp_path / "model", recipe, tied=True)
     (head,) = model.tied.values()
     codes = next(constants_of(model.weights[head]))[1]
-    once = write(model, tmp_path / "once.pte")
+    once = families.exported(model, tmp_path / "once.pte")
     as_emitted(monkeypatch)
-    twice = write(model, tmp_path / "twice.pte")
+    twice = families.exported(model, tmp_path / "twice.pte")
     files = [(tmp_path / name).read_bytes() for name in ("once.pte", "twice.pte")]
     assert [file.count(codes) for file in files] == [1, 2]
     assert len(codes) <= len(files[1]) - len(files[0]) < len(codes) + 1024
@@ -69,9 +58,9 @@ def test_a_tied_vocabulary_is_stored_once(
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_another_head_is_left_alone(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = checkpoint(tmp_path / "model", recipe, tied=False)
-    write(model, tmp_path / "shared.pte")
+    families.exported(model, tmp_path / "shared.pte")
     as_emitted(monkeypatch)
-    write(model, tmp_path / "plain.pte")
+    families.exported(model, tmp_path / "plain.pte")
     assert (tmp_path / "shared.pte").read_bytes() == (tmp_path / "plain.pte").read_bytes()
 
 
@@ -79,7 +68,7 @@ def test_the_runtime_finds_nothing_wrong_with_it(tmp_path: Path) -> None:
     from executorch.runtime import Runtime, Verification
 
     path = tmp_path / "model.pte"
-    write(checkpoint(tmp_path / "model", "8 bits", tied=True), path)
+    families.exported(checkpoint(tmp_path / "model", "8 bits", tied=True), path)
     program = Runtime.get().load_program(str(path), verification=Verification.InternalConsistency)
     assert program.load_method("forward") is not None
 

@@ -11,11 +11,9 @@ import torch
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.exporters import executorch_lowering as lowering
-from slm_export.exporters.executorch import ExecuTorchExporter
 from slm_export.exporters.executorch_stand_in import CannotStamp, layers_of
 from slm_export.load import load_checkpoint
 from slm_export.optimizers.group_quantize import GroupQuantize
-from slm_export.runtime import DecoderSession, ExportOptions
 
 LAYERS = 3
 RECIPES = {
@@ -32,15 +30,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     name, config, options = families.DECODERS["qwen-2.5"]  # has biases too
     families.save((name, config, {**options, "num_hidden_layers": LAYERS}), folder)
     return load_checkpoint(folder)
-
-
-def exported(checkpoint: Checkpoint, path: Path) -> DecoderSession:
-    exporter = ExecuTorchExporter()
-    exporter.ready()
-    exporter.write(checkpoint, ExportOptions(64, (2,), 1), path)
-    session = exporter.open(path, "text-generation")
-    assert isinstance(session, DecoderSession)
-    return session
 
 
 def stamps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -62,13 +51,13 @@ def test_copied_layers_are_lowered_layers(
 ) -> None:
     checkpoint = RECIPES[width].run(source).checkpoint
     reasons = stamps(monkeypatch)
-    copied = exported(checkpoint, tmp_path / "copied.pte")
+    copied = families.exported(checkpoint, tmp_path / "copied.pte")
 
     def refuse(checkpoint: Checkpoint) -> Any:
         raise CannotStamp("asked to lower every layer")
 
     monkeypatch.setattr(lowering, "layers_of", refuse)
-    whole = exported(checkpoint, tmp_path / "whole.pte")
+    whole = families.exported(checkpoint, tmp_path / "whole.pte")
     assert reasons == [None, "asked to lower every layer"]
     ids = torch.randint(3, families.VOCABULARY, (50,), generator=torch.Generator().manual_seed(3)).tolist()
     for length in (1, 2, 17, 50):
@@ -87,8 +76,8 @@ def test_the_layers_are_in_their_order(source: Checkpoint, tmp_path: Path) -> No
         | {twin: source.weights[name] for name, twin in other.items()}
     )
     recipe = RECIPES["8 bits"]
-    first = exported(recipe.run(source).checkpoint, tmp_path / "first.pte").logits([5, 6, 7], 0)
-    second = exported(recipe.run(swapped).checkpoint, tmp_path / "second.pte").logits([5, 6, 7], 0)
+    first = families.exported(recipe.run(source).checkpoint, tmp_path / "first.pte").logits([5, 6, 7], 0)
+    second = families.exported(recipe.run(swapped).checkpoint, tmp_path / "second.pte").logits([5, 6, 7], 0)
     assert not torch.equal(first, second)
 
 
@@ -97,7 +86,7 @@ def test_layers_that_differ_are_all_lowered(tmp_path: Path, monkeypatch: pytest.
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     families.save((name, config, {**options, "layer_types": kinds}), tmp_path)
     reasons = stamps(monkeypatch)
-    exported(RECIPES["8 bits"].run(load_checkpoint(tmp_path)).checkpoint, tmp_path / "model.pte")
+    families.exported(RECIPES["8 bits"].run(load_checkpoint(tmp_path)).checkpoint, tmp_path / "model.pte")
     assert "differs from layer 0" in reasons[0]
 
 
