@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -129,7 +130,8 @@ def _write(path: Path, weight: Quantized) -> None:
 def _read(path: Path) -> Quantized | None:
     """Return the weight of a file; None where there is none, or one that was cut short by a dying machine."""
     try:
-        with safe_open(path, framework="pt") as file:
+        load = _Load(path)
+        with safe_open(load.path, framework="pt") as file:
             bits = int((file.metadata() or {})["bits"])
             rows, width = file.get_slice("packed").get_shape()
             groups = file.get_slice("scales").get_shape()[1]
@@ -138,18 +140,17 @@ def _read(path: Path) -> Quantized | None:
     columns = width * 8 // bits
     if bits not in CODE_RANGE or columns % groups:
         return None
-    return Quantized((rows, columns), bits, columns // groups, _Load(path))
+    return Quantized((rows, columns), bits, columns // groups, load)
 
 
 class _Load:
     """Maps codes and scales of one file, which stays open: removing it takes nothing away."""
 
     def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        os.close(self._file)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, descriptor)
+        self.path = f"/dev/fd/{descriptor}"
 
     def __call__(self) -> tuple[Tensor, Tensor]:
-        with safe_open(f"/dev/fd/{self._file}", framework="pt") as file:
+        with safe_open(self.path, framework="pt") as file:
             return file.get_tensor("packed"), file.get_tensor("scales").to(torch.float32)
