@@ -24,11 +24,14 @@ from slm_export.exporters.executorch_session import load_runtime, open_session, 
 from slm_export.phone_tokenizer import for_executorch
 from slm_export.results import Artifact, Signature
 from slm_export.runtime import ExportOptions, Session
+from slm_export.runtime_tokenizers import ExecuTorchTokenizer, RuntimeTokenizer
 from slm_export.tasks import ENDINGS, GENERATION, output_shape
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.export import ExportedProgram
+
+    from slm_export.weights import Weight
 
 PREFILL_CHUNK = 512
 """Longest input of one call. Runners feed a longer prompt in pieces; room is planned for this many tokens,
@@ -44,7 +47,10 @@ class ExecuTorchExporter:
     """Writes and opens ``.pte`` programs."""
 
     name: ClassVar[str] = "executorch"
-    file: ClassVar[str] = "executorch/model.pte"
+
+    def file(self, task: str) -> str:
+        """Return where the program is in a bundle."""
+        return "executorch/model.pte"
 
     def ready(self) -> None:
         """Raise MissingComponentError unless executorch can be imported, kernels included."""
@@ -92,6 +98,16 @@ class ExecuTorchExporter:
         # Its opening and stop tokens are read from there.
         shutil.copyfile(own.with_name(_CONFIG), file.with_name(_CONFIG))
         return file.relative_to(bundle).as_posix()
+
+    def rounding(self, x: Tensor, weight: Weight) -> Tensor:
+        """Return activations as XNNPACK rounds them."""
+        from slm_export.exporters.executorch_dialect import xnnpack_rounding
+
+        return xnnpack_rounding(x, weight)
+
+    def open_tokenizer(self, path: Path, tokenizer: Path, task: str) -> RuntimeTokenizer:
+        """Open the C++ tokenizer of ExecuTorch's runners, given the folder, which also names special tokens."""
+        return ExecuTorchTokenizer(tokenizer.parent)
 
     def set_threads(self, count: int) -> None:
         """Let XNNPACK and the custom kernels use ``count`` threads in this process."""

@@ -15,10 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slm_export.dialect import AttentionShape, Position
+from slm_export.dialect import AttentionShape, Position, fake_quantize_per_token
 from slm_export.exporters.executorch_stand_in import xnnpack_nibbles
 from slm_export.model import refuse_unknown
 from slm_export.weights import CODE_RANGE, Dense, Quantized, Weight
+
+
+def xnnpack_rounding(x: Tensor, weight: Weight) -> Tensor:
+    """Return activations as XNNPACK rounds them: to int8 per token for codes, to float16 for a float16 matrix."""
+    if isinstance(weight, Quantized):
+        return fake_quantize_per_token(x)
+    return x.to(torch.float16).to(torch.float32) if weight.dtype == torch.float16 else x
+
 
 _WHOLE = "slm_export_whole"
 """Our encoders' attention among transformers' attention functions."""

@@ -79,6 +79,8 @@ class _Decoder(_Program):
         super().__init__(program, method, metadata)
         self.context = int(self._metadata["get_max_context_len"])
         self.prefill_chunk = int(self._metadata["get_max_seq_len"])
+        named = self._metadata.get("get_eos_ids", [])
+        self.stop_ids = tuple(named) if isinstance(named, (list, tuple)) else (named,)
 
     def logits(self, tokens: Sequence[int], start: int) -> Tensor:
         """Feed tokens at position ``start``; return float32 (vocabulary,) after the last of them."""

@@ -10,6 +10,7 @@ graph must be searched for the pattern that it became.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,9 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slm_export.weights import Dense, Quantized, Weight, float_blocks
+from slm_export.weights import Weight, float_blocks
 
 _BLOCK = 1 << 22  # values of a matrix that stand in memory as float32 at a time
+
+Rounding = Callable[[Tensor, Weight], Tensor]
+"""What a runtime makes of float32 activations (..., in) before they meet a matrix: the same, rounded or not."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +86,16 @@ class Dialect(Protocol):
 class ReferenceDialect:
     """Plain float32, a weight at a time: the oracle that artifacts are compared with.
 
-    With ``activations`` as the artifact has them, it isolates lowering: what remains between the two is
-    the order of float operations. Without, it is the model itself.
+    With activations rounded as an artifact's runtime does, it isolates lowering: what remains between the two
+    is the order of float operations. Without, it is the model itself.
     """
 
-    def __init__(self, *, quantize_activations: bool) -> None:
-        self._quantize_activations = quantize_activations
+    def __init__(self, rounding: Rounding | None = None) -> None:
+        self._rounding = rounding
 
     def linear(self, weight: Weight, bias: Tensor | None) -> nn.Module:
         """Return a linear layer that reads its matrix in blocks at every call."""
-        return _StreamedLinear(weight, bias, self._quantize_activations)
+        return _StreamedLinear(weight, bias, self._rounding)
 
     def embedding(self, weight: Weight) -> nn.Module:
         """Return a look-up that reads only the rows it needs."""
@@ -120,25 +124,17 @@ def fake_quantize_per_token(x: Tensor) -> Tensor:
 
 
 class _StreamedLinear(nn.Module):
-    def __init__(self, weight: Weight, bias: Tensor | None, quantize_activations: bool) -> None:
+    def __init__(self, weight: Weight, bias: Tensor | None, rounding: Rounding | None) -> None:
         super().__init__()
-        self._weight, self._bias = weight, bias
-        self._quantize_activations = quantize_activations
+        self._weight, self._bias, self._rounding = weight, bias, rounding
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self._weight, Quantized) and self._quantize_activations:
-            x = fake_quantize_per_token(x)
-        half = self._weight_is_half and self._quantize_activations
-        if half:
-            x = x.to(torch.float16).to(torch.float32)
+        if self._rounding is not None:
+            x = self._rounding(x, self._weight)
         parts = [F.linear(x, block) for block in float_blocks(self._weight, _BLOCK)]
         result = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         return result if self._bias is None else result + self._bias
-
-    @property
-    def _weight_is_half(self) -> bool:
-        return isinstance(self._weight, Dense) and self._weight.dtype == torch.float16
 
 
 class _StreamedEmbedding(nn.Module):

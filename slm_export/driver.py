@@ -67,6 +67,7 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
         checkpoint, passes, notes = _optimize(plan, source, facts, kept, progress)
         gates = _gates(plan, checkpoint)
         plan.target.bundle(tokenizer, staging.path)
+        options = replace(options, tokenizer=staging.path / "tokenizer")
         runners = _runner_tokenizers(plan, source, staging.path)
         results: list[FormatResult] = []
         notes = [*plan.notes, *notes, *(f"{name}: not used: {why}" for name, why in source.unused.items())]
@@ -115,7 +116,9 @@ def _read(plan: Plan, folder: Path, progress: Progress) -> tuple[Checkpoint, Sou
             exporter.check(source)
         for step in plan.recipe:
             step.check(source)
-        options = ExportOptions(context_for(plan, source), tokenizer.stop_ids, tokenizer.bos_id)
+        options = ExportOptions(
+            context_for(plan, source), tokenizer.stop_ids, tokenizer.bos_id, tokenizer.pad_id
+        )
     with progress.stage("check every weight", total=len(source.weights)) as stage:
         check_values(source, stage.advance)
     return source, tokenizer, options
@@ -185,7 +188,7 @@ def _gates(plan: Plan, checkpoint: Checkpoint) -> Gates:
 def _write(
     exporter: Exporter, checkpoint: Checkpoint, options: ExportOptions, folder: Path, progress: Progress
 ) -> Artifact:
-    path = folder / exporter.file
+    path = folder / exporter.file(checkpoint.task)
     path.parent.mkdir(parents=True, exist_ok=True)
     doing = f"write {exporter.name}"
     with progress.stage(doing), bundle.machine_errors(doing, path):
@@ -216,7 +219,7 @@ def _prove(
             source,
             checkpoint,
             tokenizer,
-            runner_tokenizer.parent,
+            runner_tokenizer,
             documents,
             gates,
             progress,

@@ -34,18 +34,18 @@ def judge_artifact(
 ) -> Judgement:
     """Return figures, checks and notes of an artifact, compared with the model it was made from.
 
-    ``runner_tokenizer``: the folder of the tokenizer that the runner is given.
+    ``runner_tokenizer``: the tokenizer file that the runner is given.
     """
     session = exporter.open(path, source.task)
     try:
         with progress.stage("compare tokenizers"):
-            verdict = fidelity.judge_tokenizer(tokenizer, runner_tokenizer, source.task, gates)
+            verdict = _judge_tokenizer(exporter, path, tokenizer, runner_tokenizer, source.task, gates)
         if isinstance(session, DecoderSession):
             checks = _self_checks(exporter, path, session, tokenizer, runner_tokenizer, documents)
             with progress.stage(f"verify {exporter.name}", total=TOKENS) as stage:
                 quality: Quality
                 quality, more = fidelity.judge_decoder(
-                    source, quantized, session, tokenizer, documents, gates, stage.advance
+                    source, quantized, session, exporter.rounding, tokenizer, documents, gates, stage.advance
                 )
         else:
             assert isinstance(session, EncoderSession)
@@ -54,7 +54,7 @@ def judge_artifact(
             texts = (*load_sentences(), *sorted(documents, key=len)[-_LONG_TEXTS:])
             with progress.stage(f"verify {exporter.name}", total=len(texts)) as stage:
                 quality, more = fidelity.judge_encoder(
-                    source, quantized, session, tokenizer, texts, gates, stage.advance
+                    source, quantized, session, exporter.rounding, tokenizer, texts, gates, stage.advance
                 )
         return quality, (*more, *checks, *verdict.checks), verdict.notes
     finally:
@@ -73,7 +73,7 @@ def self_check(
     """Return what can be checked of an artifact without its source: it opens, stops, and reads text alike."""
     session = exporter.open(path, task)
     try:
-        verdict = fidelity.judge_tokenizer(tokenizer, runner_tokenizer, task, gates)
+        verdict = _judge_tokenizer(exporter, path, tokenizer, runner_tokenizer, task, gates)
         checks: tuple[Check, ...] = ()
         if isinstance(session, DecoderSession):
             checks = _self_checks(exporter, path, session, tokenizer, runner_tokenizer, documents)
@@ -92,6 +92,19 @@ def _self_checks(
 ) -> tuple[Check, ...]:
     prompt = " ".join(documents[0].split()[:12])
     return (
-        fidelity.judge_stop_tokens(session.metadata(), tokenizer.stop_ids),
-        judge_vendor_text(path, exporter.name, runner_tokenizer, tokenizer, session, prompt),
+        fidelity.judge_stop_tokens(session.stop_ids, tokenizer.stop_ids),
+        judge_vendor_text(exporter, path, runner_tokenizer, tokenizer, session, prompt),
+    )
+
+
+def _judge_tokenizer(
+    exporter: Exporter,
+    path: Path,
+    tokenizer: SourceTokenizer,
+    runner_tokenizer: Path,
+    task: str,
+    gates: Gates,
+) -> fidelity.TokenizerVerdict:
+    return fidelity.judge_tokenizer(
+        tokenizer, lambda: exporter.open_tokenizer(path, runner_tokenizer, task), task, gates
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from slm_export.architecture import Architecture
 from slm_export.checkpoint import Checkpoint
-from slm_export.dialect import AttentionShape, Dialect, Position, ReferenceDialect
+from slm_export.dialect import AttentionShape, Dialect, Position, ReferenceDialect, Rounding
 from slm_export.errors import InputError
 from slm_export.load import architecture_of
 from slm_export.pooling import Pooling, additive_mask, read_pooling
@@ -108,9 +108,12 @@ def build_encoder(checkpoint: Checkpoint, dialect: Dialect, attention: str = "ea
     return Encoder(_filled(checkpoint, architecture, attention, dialect), checkpoint.task, pooling).eval()
 
 
-def build_reference(checkpoint: Checkpoint, *, quantize_activations: bool = False) -> nn.Module:
-    """Return the oracle: for a decoder transformers' own module, for an encoder an `Encoder`."""
-    dialect = ReferenceDialect(quantize_activations=quantize_activations)
+def build_reference(checkpoint: Checkpoint, rounding: Rounding | None = None) -> nn.Module:
+    """Return the oracle: for a decoder transformers' own module, for an encoder an `Encoder`.
+
+    Given   rounding: what an artifact's runtime does to activations; None: nothing
+    """
+    dialect = ReferenceDialect(rounding)
     if checkpoint.task != GENERATION:
         return build_encoder(checkpoint, dialect)
     architecture = architecture_of(checkpoint)

@@ -115,13 +115,13 @@ def _with_source(
 
 
 def _runner_tokenizer(folder: Path, manifest: Manifest, format: str) -> Path:
-    """Return the folder of the tokenizer that a format's runner is given."""
+    """Return the tokenizer file that a format's runner is given."""
     named = str(dict(manifest.runtime.get("tokenizer") or {}).get(format, OWN_TOKENIZER))
     if named not in {entry.path for entry in manifest.files}:
         raise InputError(
             f"{folder}/manifest.json: runtime.tokenizer names {named!r}, which is not in the bundle"
         )
-    return (folder / named).parent
+    return folder / named
 
 
 @dataclass(frozen=True)

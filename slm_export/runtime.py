@@ -11,7 +11,9 @@ from torch import Tensor
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.results import Artifact, Latency
+from slm_export.runtime_tokenizers import RuntimeTokenizer
 from slm_export.tokenizer import SourceTokenizer
+from slm_export.weights import Quantized, Weight
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class ExportOptions:
     """Decoder: tokens that the KV cache holds. Encoder: longest input."""
     stop_ids: tuple[int, ...] = ()
     bos_id: int | None = None
+    pad_id: int = 0
+    tokenizer: Path | None = None
+    """The bundle's ``tokenizer/``, for formats whose files carry the tokenizer or name it."""
 
 
 @runtime_checkable
@@ -31,12 +36,14 @@ class DecoderSession(Protocol):
     context: int
     prefill_chunk: int
     """The most tokens that one call takes."""
+    stop_ids: tuple[int, ...]
+    """Where the file itself says that generation ends."""
 
     def logits(self, tokens: Sequence[int], start: int) -> Tensor:
         """Feed tokens at position ``start``; return float32 (vocabulary,) after the last of them."""
 
     def metadata(self) -> Mapping[str, Any]:
-        """What the file says of itself: stop tokens, context, vocabulary size."""
+        """What the file says of itself, in its format's own words."""
 
     def close(self) -> None:
         """Let go of the file and of its memory."""
@@ -68,8 +75,9 @@ class Exporter(Protocol):
     """Writes one format, and opens it again in its own runtime."""
 
     name: ClassVar[str]
-    file: ClassVar[str]
-    """Where the artifact is in a bundle: executorch/model.pte."""
+
+    def file(self, task: str) -> str:
+        """Return where the artifact is in a bundle: executorch/model.pte."""
 
     def ready(self) -> None:
         """Raise MissingComponentError unless everything that this exporter needs is installed."""
@@ -83,11 +91,30 @@ class Exporter(Protocol):
     def open(self, path: Path, task: str) -> Session:
         """Open an artifact in the vendor's runtime."""
 
+    def stored(self, path: Path) -> Mapping[str, Quantized]:
+        """Return every quantized matrix under its name in the checkpoint, read from the artifact alone.
+
+        Raises:
+            InputError: the file is not one of ours, or a matrix in it is not on the grid.
+        """
+
+    def rounding(self, x: Tensor, weight: Weight) -> Tensor:
+        """Return float32 activations (..., in) as the runtime rounds them before they meet ``weight``."""
+
     def runner_tokenizer(self, bundle: Path) -> str:
         """Return which file of the bundle the vendor's runner is to be given for a tokenizer.
 
         Given   a bundle with the source's files in ``tokenizer/``; where the runner cannot read those, the file is
                 written here, beside the artifact
+        """
+
+    def open_tokenizer(self, path: Path, tokenizer: Path, task: str) -> RuntimeTokenizer | None:
+        """Open the tokenizer that the vendor's runner reads text with; None where this format has none.
+
+        Given   path: the artifact; tokenizer: the file that `runner_tokenizer` returned
+
+        Raises:
+            TokenizerLoadError: the runtime cannot read it.
         """
 
     def set_threads(self, count: int) -> None:

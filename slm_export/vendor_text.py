@@ -7,17 +7,17 @@ from typing import Any
 
 from slm_export.child import call, serve
 from slm_export.results import Check
-from slm_export.runtime import DecoderSession
-from slm_export.runtime_tokenizers import ExecuTorchTokenizer
+from slm_export.runtime import DecoderSession, Exporter
+from slm_export.tasks import GENERATION
 from slm_export.tokenizer import SourceTokenizer
 
 TOKENS = 48
 
 
 def judge_vendor_text(
+    exporter: Exporter,
     path: Path,
-    format: str,
-    tokenizer_folder: Path,
+    runner_tokenizer: Path,
     tokenizer: SourceTokenizer,
     session: DecoderSession,
     prompt: str,
@@ -26,11 +26,13 @@ def judge_vendor_text(
     prompt, prompt_ids = _fitting(prompt, tokenizer, session.context // 2)
     count = min(TOKENS, session.context - len(prompt_ids) - 1)
     tokens = _greedy(session, prompt_ids, tokenizer.stop_ids, count)
-    expected = ExecuTorchTokenizer(tokenizer_folder).decode(tokens)
+    runtime = exporter.open_tokenizer(path, runner_tokenizer, GENERATION)
+    assert runtime is not None, "a decoder's runner reads text"
+    expected = runtime.decode(tokens)
     request = {
         "path": str(path),
-        "format": format,
-        "tokenizer": str(tokenizer_folder / "tokenizer.json"),
+        "format": exporter.name,
+        "tokenizer": str(runner_tokenizer),
         "prompt": prompt,
         "tokens": count,
         "bos": int(tokenizer.adds_bos),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.exporters.executorch import ExecuTorchExporter
+from slm_export.exporters.executorch_dialect import xnnpack_rounding
 from slm_export.generation import Sampling, generate
 from slm_export.load import load_checkpoint
 from slm_export.model import build_reference
@@ -81,7 +82,7 @@ def test_a_decoder_at_8_bits_is_its_reference(decoder: Decoder) -> None:
     ids = ids_of(24)
     quantized = INT8.run(decoder.checkpoint).checkpoint
     with torch.no_grad():
-        expected = build_reference(quantized, quantize_activations=True)(input_ids=ids).logits[0]
+        expected = build_reference(quantized, xnnpack_rounding)(input_ids=ids).logits[0]
     session = families.exported(quantized, decoder.folder / "model.pte")
     assert apart(read(session, ids), expected) <= ROUNDING
     text = runner_text(decoder.folder)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from slm_export import dialect
 from slm_export.dialect import ReferenceDialect, fake_quantize_per_token
+from slm_export.exporters.executorch_dialect import xnnpack_rounding
 from slm_export.optimizers.group_quantize import quantize
 from slm_export.weights import Weight
 
-PLAIN = ReferenceDialect(quantize_activations=False)
-AS_EXPORTED = ReferenceDialect(quantize_activations=True)
+PLAIN = ReferenceDialect()
+AS_EXPORTED = ReferenceDialect(xnnpack_rounding)
 
 WEIGHTS = {
     "float32": dense(normal(48, 64)),

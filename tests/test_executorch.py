@@ -11,6 +11,7 @@ from torch import Tensor
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.exporters.executorch import ExecuTorchExporter
+from slm_export.exporters.executorch_dialect import xnnpack_rounding
 from slm_export.load import load_checkpoint
 from slm_export.model import build_reference
 from slm_export.optimizers.group_quantize import GroupQuantize
@@ -62,7 +63,7 @@ def tokens() -> list[int]:
 
 def reference(exported: Exported, tokens: list[int]) -> Tensor:
     with torch.no_grad():
-        model = build_reference(exported.quantized, quantize_activations=True)
+        model = build_reference(exported.quantized, xnnpack_rounding)
         logits: Tensor = model(input_ids=torch.tensor([tokens])).logits[0]
     return logits
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from slm_export import fidelity
 from slm_export.checkpoint import Checkpoint
 from slm_export.evaltext import load_documents
+from slm_export.exporters.executorch_dialect import xnnpack_rounding
 from slm_export.fidelity.greedy import judge_greedy
 from slm_export.fidelity.judging import checks_of
 from slm_export.gates import Gates
@@ -20,6 +21,7 @@ from slm_export.load import load_checkpoint
 from slm_export.model import build_reference
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.results import Check, EmbeddingQuality, TokenLatency, TokenQuality
+from slm_export.runtime_tokenizers import ExecuTorchTokenizer
 from slm_export.tokenizer import SourceTokenizer
 from slm_export.weights import Dense
 
@@ -32,7 +34,8 @@ class TorchSession:
     def __init__(self, checkpoint: Checkpoint, *, lowered: bool, fault: str = "") -> None:
         self.context = 256
         self.prefill_chunk = 256
-        self._model = build_reference(checkpoint, quantize_activations=lowered)
+        self.stop_ids = (1,)
+        self._model = build_reference(checkpoint, xnnpack_rounding if lowered else None)
         self._seen: list[int] = []
         self._known: dict[tuple[int, ...], Tensor] = {}
         self._fault = fault
@@ -99,7 +102,7 @@ def judged(
         session.read_ahead(window)
     gates = fidelity.default_gates("text-generation", 8)
     quality, checks = fidelity.judge_decoder(
-        source, quantized, session, tokenizer, DOCUMENTS, gates, lambda count, note: None
+        source, quantized, session, xnnpack_rounding, tokenizer, DOCUMENTS, gates, lambda count, note: None
     )
     return quality, {check.name: check for check in checks}
 
@@ -210,12 +213,9 @@ def test_a_loop_of_the_source_itself_is_no_fault(tokenizer: SourceTokenizer) -> 
     assert found.agreement == 1
 
 
-@pytest.mark.parametrize(
-    ("metadata", "passed"),
-    [({"get_eos_ids": [1]}, True), ({"get_eos_ids": 1}, True), ({"get_eos_ids": [2]}, False), ({}, False)],
-)
-def test_stop_tokens_of_the_file(metadata: Mapping[str, Any], passed: bool) -> None:
-    assert fidelity.judge_stop_tokens(metadata, (1,)).passed is passed
+@pytest.mark.parametrize(("named", "passed"), [((1,), True), ((2,), False), ((), False)])
+def test_stop_tokens_of_the_file(named: tuple[int, ...], passed: bool) -> None:
+    assert fidelity.judge_stop_tokens(named, (1,)).passed is passed
 
 
 def test_another_tokenizer_in_the_bundle_fails(
@@ -224,7 +224,10 @@ def test_another_tokenizer_in_the_bundle_fails(
     text = (pycode / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(text.replace("Ġ", "_"))
     verdict = fidelity.judge_tokenizer(
-        tokenizer, tmp_path, "text-generation", fidelity.default_gates("text-generation", 8)
+        tokenizer,
+        lambda: ExecuTorchTokenizer(tmp_path),
+        "text-generation",
+        fidelity.default_gates("text-generation", 8),
     )
     assert not all(check.passed for check in verdict.checks)
 

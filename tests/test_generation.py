@@ -20,6 +20,7 @@ class Counting:
     """A session whose likeliest next token is the last one plus 1; it writes down what it is fed."""
 
     prefill_chunk = 4
+    stop_ids = ()
 
     def __init__(self, context: int = 100) -> None:
         self.context = context

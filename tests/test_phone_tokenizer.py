@@ -122,7 +122,7 @@ def test_where_transformers_parts_from_the_file_is_said(tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     write_tokenizer(source, bundle / "tokenizer")
     assert ExecuTorchExporter().runner_tokenizer(bundle) == "executorch/tokenizer/tokenizer.json"
-    runner = bundle / "executorch" / "tokenizer"
-    verdict = judge_tokenizer(source, runner, "text-generation", Gates(min_tokenizer_agreement=1.0))
+    runner = ExecuTorchTokenizer(bundle / "executorch" / "tokenizer")
+    verdict = judge_tokenizer(source, lambda: runner, "text-generation", Gates(min_tokenizer_agreement=1.0))
     assert [check.passed for check in verdict.checks] == [True]
     assert [("transformers reads" in note) for note in verdict.notes] == [True]

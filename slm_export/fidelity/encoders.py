@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slm_export.checkpoint import Checkpoint
+from slm_export.dialect import Rounding
 from slm_export.fidelity.judging import checks_of
 from slm_export.gates import Gates
 from slm_export.model import build_reference
@@ -42,6 +43,7 @@ def judge_encoder(
     source: Checkpoint,
     quantized: Checkpoint,
     session: EncoderSession,
+    rounding: Rounding,
     tokenizer: SourceTokenizer,
     texts: Sequence[str],
     gates: Gates,
@@ -49,11 +51,12 @@ def judge_encoder(
 ) -> tuple[EmbeddingQuality | ScoreQuality, tuple[Check, ...]]:
     """Measure an encoder artifact and hold it against the thresholds.
 
-    Given   the source model, the checkpoint that the artifact was written from, the artifact open in its runtime;
+    Given   the source model, the checkpoint that the artifact was written from, the artifact open in its runtime,
+            what that runtime does to activations;
             texts of any length: what exceeds the artifact's longest input is cut
     """
     original = build_reference(source)
-    lowered = build_reference(quantized, quantize_activations=True)
+    lowered = build_reference(quantized, rounding)
     compared = []
     for index, text in enumerate(texts):
         question = texts[index - 1] if source.task == ANSWERING else None

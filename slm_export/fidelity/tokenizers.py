@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from slm_export.conformance import Case, cases, compare
 from slm_export.gates import Gates
 from slm_export.results import Check
-from slm_export.runtime_tokenizers import ExecuTorchTokenizer, TokenizerLoadError
+from slm_export.runtime_tokenizers import RuntimeTokenizer, TokenizerLoadError
 from slm_export.tasks import GENERATION
 from slm_export.tokenizer import SourceTokenizer
 
 _VOCABULARY_SAMPLE = 400
+
+NO_TOKENIZER = (
+    "tokenizer: the runtime has none; let the app tokenize with Hugging Face tokenizers and tokenizer.json"
+)
 
 
 @dataclass(frozen=True)
@@ -25,17 +27,19 @@ class TokenizerVerdict:
     notes: tuple[str, ...] = ()
 
 
-def judge_tokenizer(source: SourceTokenizer, bundled: Path, task: str, gates: Gates) -> TokenizerVerdict:
-    """Run thousands of strings through ExecuTorch's tokenizer and the source's.
+def judge_tokenizer(
+    source: SourceTokenizer, open_runtime: Callable[[], RuntimeTokenizer | None], task: str, gates: Gates
+) -> TokenizerVerdict:
+    """Run thousands of strings through the runtime's tokenizer and the source's.
 
-    Given   ``bundled``: the folder of the tokenizer that the runner is given
+    Given   open_runtime: opens the tokenizer that the runner reads text with; returns None where there is none
     Below the threshold, what kinds of text part is said in a note.
-    An encoder is fed token ids by the app, with whatever tokenizer the app has; ExecuTorch's not reading
-    the file is then worth a note, not a failure. A decoder runs in ExecuTorch's own runner.
+    An encoder is fed token ids by the app, with whatever tokenizer the app has; the runtime's not reading
+    the file is then worth a note, not a failure. A decoder runs in the vendor's own runner.
     """
     decodes = task == GENERATION
     try:
-        runtime = ExecuTorchTokenizer(bundled)
+        runtime = open_runtime()
     except TokenizerLoadError as error:
         if decodes:
             return TokenizerVerdict((Check("tokenizer_agreement", False, str(error)),))
@@ -45,6 +49,8 @@ def judge_tokenizer(source: SourceTokenizer, bundled: Path, task: str, gates: Ga
                 f"tokenizer: {reason}; let the app tokenize with Hugging Face tokenizers and tokenizer.json",
             )
         )
+    if runtime is None:
+        return TokenizerVerdict(notes=(NO_TOKENIZER,))
     chat = source.render_chat("What is the capital of France?")
     strings = cases(
         source.added_tokens, (chat,) if chat else (), source.vocabulary_sample(_VOCABULARY_SAMPLE)
@@ -72,10 +78,8 @@ def _transformers_parts(source: SourceTokenizer, strings: Sequence[Case]) -> tup
     )
 
 
-def judge_stop_tokens(metadata: Mapping[str, Any], stop_ids: tuple[int, ...]) -> Check:
+def judge_stop_tokens(in_file: Sequence[int], stop_ids: tuple[int, ...]) -> Check:
     """Compare the stop tokens that the file names with those of ``generation_config.json``."""
-    named = metadata.get("get_eos_ids", [])
-    in_file = tuple(named) if isinstance(named, (list, tuple)) else (named,)
     passed = sorted(in_file) == sorted(stop_ids)
     detail = f"the file stops at {list(in_file)}, the model at {list(stop_ids)}"
     if not stop_ids:

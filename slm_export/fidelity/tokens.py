@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slm_export.checkpoint import Checkpoint
+from slm_export.dialect import Rounding
 from slm_export.evaltext import token_windows
 from slm_export.fidelity.greedy import Greedy, judge_greedy
 from slm_export.fidelity.judging import checks_of
@@ -46,13 +47,9 @@ class Models:
     """The weights of the artifact and its activation quantization."""
 
     @classmethod
-    def of(cls, source: Checkpoint, quantized: Checkpoint) -> Models:
+    def of(cls, source: Checkpoint, quantized: Checkpoint, rounding: Rounding) -> Models:
         """Build them; weights are read as they are used."""
-        return cls(
-            build_reference(source),
-            build_reference(quantized),
-            build_reference(quantized, quantize_activations=True),
-        )
+        return cls(build_reference(source), build_reference(quantized), build_reference(quantized, rounding))
 
 
 @dataclass
@@ -76,6 +73,7 @@ def judge_decoder(
     source: Checkpoint,
     quantized: Checkpoint,
     session: DecoderSession,
+    rounding: Rounding,
     tokenizer: SourceTokenizer,
     documents: Sequence[str],
     gates: Gates,
@@ -83,9 +81,10 @@ def judge_decoder(
 ) -> tuple[TokenQuality, tuple[Check, ...]]:
     """Measure a decoder artifact and hold it against the thresholds.
 
-    Given   the source model, the checkpoint that the artifact was written from, the artifact open in its runtime
+    Given   the source model, the checkpoint that the artifact was written from, the artifact open in its runtime,
+            what that runtime does to activations
     """
-    models = Models.of(source, quantized)
+    models = Models.of(source, quantized, rounding)
     bos = tokenizer.bos_id if tokenizer.adds_bos else None
     length = min(WINDOW, session.context)
     windows = token_windows(documents, tokenizer.encode, length, bos, TOKENS)
