@@ -19,7 +19,8 @@ from torch.export import ExportedProgram
 from slm_export.checkpoint import Checkpoint
 from slm_export.exporters.executorch_file import Contents, write_program
 from slm_export.exporters.executorch_stamp import lowered_modules, stamped
-from slm_export.exporters.executorch_stand_in import CannotStamp, check_alike, hollow, layers_of, stand_in
+from slm_export.exporters.executorch_stand_in import stand_in
+from slm_export.layers import CannotStamp, check_alike, hollow, layers_of
 
 _ALIGNMENT = 128
 """Of segments in the file, in bytes; ExecuTorch's own default."""

@@ -11,7 +11,7 @@ import torch
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.exporters import executorch_lowering as lowering
-from slm_export.exporters.executorch_stand_in import CannotStamp, layers_of
+from slm_export.layers import CannotStamp, layers_of
 from slm_export.load import load_checkpoint
 from slm_export.optimizers.group_quantize import GroupQuantize
 

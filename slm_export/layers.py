@@ -1,0 +1,119 @@
+"""Which layers of a decoder are copies of each other.
+
+A compiler's passes take seconds per layer. Where all layers are alike it is given two, and the program of all is
+put together from what comes out.
+
+    layers_of     the layers, where all have weights of the same names, shapes and bits
+    check_alike   whether the modules of all layers have the same settings
+    hollow        a checkpoint whose matrices take no memory: what is left tells settings, vectors and caches
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from slm_export.checkpoint import Checkpoint
+from slm_export.weights import Dense, Quantized, Weight
+
+_LAYER = re.compile(r"(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<rest>.+)")
+
+
+class CannotStamp(Exception):
+    """The layers are not copies of each other, or the lowered graph is not cut as expected; says why."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The numbered layers of a decoder, all alike."""
+
+    prefix: str
+    """model.layers, in the names of the checkpoint."""
+    count: int
+    rests: tuple[str, ...]
+    """What comes after the index, for every weight of a layer."""
+
+    @property
+    def path(self) -> str:
+        """The stack in the module that `build_decoder` makes."""
+        return f"model.{self.prefix}"
+
+    def split(self, name: str | None) -> tuple[int, str] | None:
+        """Return index and rest of a name in the module, or None for what is in no layer."""
+        match = _LAYER.fullmatch(name or "")
+        return (int(match["index"]), match["rest"]) if match and match["prefix"] == self.path else None
+
+    def weight(self, checkpoint: Checkpoint, index: int, rest: str) -> Weight:
+        """Return a weight of a layer."""
+        return checkpoint.weights[f"{self.prefix}.{index}.{rest}"]
+
+
+def layers_of(checkpoint: Checkpoint) -> Layers:
+    """Return the layers; CannotStamp unless there are three or more, with weights alike."""
+    kinds: dict[str, dict[int, dict[str, tuple[Any, ...]]]] = {}
+    for name, weight in checkpoint.weights.items():
+        if match := _LAYER.fullmatch(name):
+            layer = kinds.setdefault(match["prefix"], {}).setdefault(int(match["index"]), {})
+            layer[match["rest"]] = _kind(weight)
+    prefix = max(kinds, key=lambda prefix: len(kinds[prefix]), default="")
+    layers = kinds.get(prefix, {})
+    if sorted(layers) != list(range(len(layers))) or len(layers) < 3:
+        raise CannotStamp(f"{len(layers)} numbered layers")
+    for index, layer in layers.items():
+        if layer != layers[0]:
+            raise CannotStamp(f"layer {index} has other weights than layer 0")
+    return Layers(prefix, len(layers), tuple(layers[0]))
+
+
+def check_alike(module: nn.Module, layers: Layers) -> None:
+    """Raise CannotStamp unless all layers are modules of the same classes, with the same settings."""
+    stack = cast(nn.ModuleList, module.get_submodule(layers.path))
+    if not isinstance(stack, nn.ModuleList) or len(stack) != layers.count:
+        raise CannotStamp(f"{layers.path} is no list of {layers.count} layers")
+    first = _settings(stack[0])
+    for index, layer in enumerate(stack):
+        if (settings := _settings(layer)) != first:
+            differing = [path for path in first if settings.get(path) != first[path]]
+            raise CannotStamp(f"layer {index} differs from layer 0 in {differing[:3]}")
+
+
+def hollow(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint without its matrices."""
+    return checkpoint.with_weights(
+        {name: hollow_weight(weight) for name, weight in checkpoint.weights.items()}
+    )
+
+
+def _kind(weight: Weight) -> tuple[Any, ...]:
+    if isinstance(weight, Quantized):
+        return weight.shape, weight.bits, weight.group
+    return weight.shape, weight.dtype
+
+
+def hollow_weight(weight: Weight) -> Weight:
+    """Return a weight of the same shape whose values take no memory, if it is a matrix."""
+    if len(weight.shape) < 2:
+        return weight
+    zero = torch.zeros(()).expand(weight.shape)
+    return Dense(weight.shape, torch.float32, lambda: zero)
+
+
+_SMALL = 1 << 16  # caches are larger, and empty
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
+
+
+def _settings(layer: nn.Module) -> dict[str, Any]:
+    """Return class, attributes and forms of the tensors of every part. What cannot be compared is different."""
+    return {
+        path: (
+            type(part),
+            {k: v for k, v in vars(part).items() if k not in _OF_EVERY_MODULE and k != "layer_idx"},
+            {k: (v.shape, v.dtype) for k, v in part.state_dict().items()},
+            {k: v.numpy().tobytes() for k, v in part.named_buffers(recurse=False) if v.numel() < _SMALL},
+        )
+        for path, part in layer.named_modules()
+    }
