@@ -117,7 +117,12 @@ def _read(plan: Plan, folder: Path, progress: Progress) -> tuple[Checkpoint, Sou
         for step in plan.recipe:
             step.check(source)
         options = ExportOptions(
-            context_for(plan, source), tokenizer.stop_ids, tokenizer.bos_id, tokenizer.pad_id
+            context=context_for(plan, source),
+            stop_ids=tokenizer.stop_ids,
+            bos_id=tokenizer.bos_id,
+            pad_id=tokenizer.pad_id,
+            adds_bos=tokenizer.adds_bos,
+            chat_template=tokenizer.chat_template,
         )
     with progress.stage("check every weight", total=len(source.weights)) as stage:
         check_values(source, stage.advance)

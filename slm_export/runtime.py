@@ -25,6 +25,9 @@ class ExportOptions:
     stop_ids: tuple[int, ...] = ()
     bos_id: int | None = None
     pad_id: int = 0
+    adds_bos: bool = False
+    """Whether the tokenizer puts the opening token before a text by itself."""
+    chat_template: str | None = None
     tokenizer: Path | None = None
     """The bundle's ``tokenizer/``, for formats whose files carry the tokenizer or name it."""
 

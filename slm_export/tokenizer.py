@@ -137,6 +137,12 @@ class SourceTokenizer:
         return self.bos_id is not None and self.encode_with_template("a")[:1] == [self.bos_id]
 
     @property
+    def chat_template(self) -> str | None:
+        """The template's text (Jinja); the default one where there are several by name."""
+        template = self.backend.chat_template
+        return template.get("default") if isinstance(template, dict) else template
+
+    @property
     def special_tokens(self) -> tuple[str, ...]:
         """The texts that stand for special tokens, by id."""
         return tuple(token.content for _, token in self._added() if token.special)

@@ -1,0 +1,138 @@
+"""A checkpoint -> the ``.tflite`` file: build, convert, put layers and weights in.
+
+A decoder whose layers are all alike is converted with three of them and put together from that (`litert_stamp`); one
+whose layers differ is converted whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from slm_export.checkpoint import Checkpoint
+from slm_export.exporters.litert_dialect import LiteRTDialect
+from slm_export.exporters.litert_file import Function, Placer
+from slm_export.exporters.litert_graph import (
+    LOGITS,
+    WEIGHTS,
+    DecoderCall,
+    EncoderCall,
+    Graph,
+    Inputs,
+    Signature,
+    convert,
+    decoder_example,
+    load_operators,
+)
+from slm_export.exporters.litert_stamp import TRACED, Roles, stamp, without_dead
+from slm_export.layers import CannotStamp, Layers, check_alike, layers_of
+from slm_export.model import build_decoder, build_encoder
+
+_DECODE = "decode"
+_ENCODER_LENGTHS = (32, 128, 512)
+
+
+def lower_decoder(checkpoint: Checkpoint, context: int, lengths: Sequence[int], path: Path) -> str | None:
+    """Write a decoder; return why every layer had to be converted, or None if three were enough.
+
+    Given   lengths: tokens of the prefill functions
+    """
+    load_operators()
+    try:
+        _write_stamped(checkpoint, context, lengths, path)
+    except CannotStamp as error:
+        graph = _decoder_graph(checkpoint, context, lengths, None)
+        _write(graph, checkpoint, graph.vectors, None, path)
+        return str(error)
+    return None
+
+
+def lower_encoder(
+    checkpoint: Checkpoint, context: int, output: str, path: Path
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Write an encoder; return the lengths of its functions, and the names of their inputs."""
+    load_operators()
+    dialect = LiteRTDialect(checkpoint)
+    encoder = build_encoder(checkpoint, dialect)
+    names = ("input_ids", "attention_mask", "token_type_ids")[: 2 + encoder.takes_token_types]
+    lengths = (*(length for length in _ENCODER_LENGTHS if length < context), context)
+    inputs = Inputs(encoder.model, dialect)
+    signatures = [
+        Signature(
+            f"encode_{length}",
+            EncoderCall(encoder, inputs, output),
+            {name: torch.ones(1, length, dtype=torch.int32) for name in names},
+        )
+        for length in lengths
+    ]
+    graph = convert(signatures, inputs)
+    _write(graph, checkpoint, graph.vectors, None, path)
+    return lengths, names
+
+
+def _write_stamped(checkpoint: Checkpoint, context: int, lengths: Sequence[int], path: Path) -> None:
+    layers = layers_of(checkpoint)
+    if layers.count <= TRACED:
+        raise CannotStamp(f"{layers.count} layers")
+    every = build_decoder(checkpoint, LiteRTDialect(checkpoint), context)
+    check_alike(every, layers)
+    vectors = dict(every.model.named_parameters())
+    del every
+    graph = _decoder_graph(checkpoint, context, lengths, layers)
+    _write(graph, checkpoint, vectors, layers, path)
+
+
+def _decoder_graph(
+    checkpoint: Checkpoint, context: int, lengths: Sequence[int], layers: Layers | None
+) -> Graph:
+    """Return the graph of all layers, or of the first three of ``layers``."""
+    dialect = LiteRTDialect(checkpoint)
+    decoder = build_decoder(checkpoint, dialect, context)
+    if layers is not None:
+        stack = cast(nn.ModuleList, decoder.get_submodule(layers.path))
+        decoder.set_submodule(layers.path, stack[:TRACED])
+        del dialect.shapes[TRACED:]
+    inputs = Inputs(decoder.model, dialect)
+    call = DecoderCall(decoder, dialect, inputs)
+    signatures = [
+        Signature(name, call, decoder_example(dialect, length))
+        for name, length in ((*((f"prefill_{n}", n) for n in lengths), (_DECODE, 1)))
+    ]
+    return convert(signatures, inputs)
+
+
+def _write(
+    graph: Graph, checkpoint: Checkpoint, vectors: Mapping[str, Tensor], layers: Layers | None, path: Path
+) -> None:
+    functions = []
+    for signature in graph.model.signatureDefs:
+        subgraph = graph.model.subgraphs[signature.subgraphIndex]
+        name = signature.signatureKey.decode()
+        inputs, outputs = _inputs(signature, graph), _roles(signature.outputs)
+        if layers is not None:
+            inputs, outputs = stamp(graph.model, subgraph, inputs, outputs, layers)
+        if name.startswith("prefill_"):
+            # Only the cache is wanted: the product with the vocabulary would cost as much as some layers.
+            outputs = {tensor: role for tensor, role in outputs.items() if role != LOGITS}
+            without_dead(subgraph, outputs)
+        functions.append(Function(name, signature.subgraphIndex, inputs, outputs))
+    placer = Placer(graph.model, checkpoint, vectors)
+    placer.place(functions)
+    placer.write(path)
+
+
+def _inputs(signature: Any, graph: Graph) -> Roles:
+    """Return what the inputs of a function are; weights by their names in the checkpoint."""
+    prefix = f"{WEIGHTS}_"
+    return {
+        tensor: graph.names[int(name.removeprefix(prefix))] if name.startswith(prefix) else name
+        for tensor, name in _roles(signature.inputs).items()
+    }
+
+
+def _roles(maps: Sequence[Any]) -> Roles:
+    return {entry.tensorIndex: entry.name.decode() for entry in maps}
