@@ -20,18 +20,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from slm_export.checkpoint import Checkpoint
 from slm_export.checksums import sha256_file
 from slm_export.errors import InputError, MissingComponentError
+from slm_export.exporters.executorch_reader import stored
 from slm_export.exporters.executorch_session import load_runtime, open_session, run_text_llm_runner
 from slm_export.phone_tokenizer import for_executorch
 from slm_export.results import Artifact, Signature
 from slm_export.runtime import ExportOptions, Session
 from slm_export.runtime_tokenizers import ExecuTorchTokenizer, RuntimeTokenizer
 from slm_export.tasks import ENDINGS, GENERATION, output_shape
+from slm_export.weights import Quantized, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.export import ExportedProgram
-
-    from slm_export.weights import Weight
 
 PREFILL_CHUNK = 512
 """Longest input of one call. Runners feed a longer prompt in pieces; room is planned for this many tokens,
@@ -85,6 +85,10 @@ class ExecuTorchExporter:
         with _needed():
             load_runtime()
         return open_session(path, task)
+
+    def stored(self, path: Path) -> Mapping[str, Quantized]:
+        """Return the quantized matrices of a program, under their names in the checkpoint."""
+        return stored(path)
 
     def runner_tokenizer(self, bundle: Path) -> str:
         """Return the file for ``TextLLMRunner``; where it needs other words, write one to executorch/tokenizer/."""
@@ -194,7 +198,7 @@ def _write_encoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -
         "get_min_seq_len": least,
         "takes_token_types": encoder.takes_token_types,
     }
-    write(to_edge(program, constants), path)
+    write(to_edge(program, constants), checkpoint, path)
     inputs = dict.fromkeys(names, f"int64[1, tokens={least}..{options.context}]")
     name, shape = output_shape(checkpoint.task, checkpoint.config)
     return Signature("forward", inputs, {name: shape})

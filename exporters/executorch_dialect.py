@@ -125,7 +125,7 @@ class _QuantizedEmbedding(nn.Module):
     def __init__(self, weight: Quantized) -> None:
         super().__init__()
         self.bits = weight.bits
-        self.register_buffer("codes", weight.codes() if weight.bits == 8 else xnnpack_nibbles(weight))
+        self.register_buffer("codes", weight.codes() if weight.bits == 8 else xnnpack_nibbles(weight.packed))
         self.register_buffer(
             "scales", weight.scales.squeeze(1) if weight.bits == 8 else _halved(weight.scales)
         )

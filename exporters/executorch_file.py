@@ -15,22 +15,23 @@ Source: ExecuTorch's pte-file-format.md (the extended header) and schema/program
 
 from __future__ import annotations
 
+import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import BinaryIO
 
-if TYPE_CHECKING:
-    from flatbuffers.table import Table
+from slm_export.exporters.executorch_flatbuffer import Record
 
 _HEADER = struct.Struct("<4sIQQQ")
 """Behind root offset and file identifier: magic, length, program size, offset of the segments, their size."""
 _HEADER_AT, _SEGMENTS_SIZE_AT = 8, 8 + 24
+_MAGIC = b"eh00"
 
-_SEGMENTS, _CONSTANT_SEGMENT, _NAMED_DATA = 12, 14, 18  # fields of Program
-_OFFSET, _SIZE = 4, 6  # of DataSegment
-_SEGMENT_INDEX, _OFFSETS = 4, 6  # of SubsegmentOffsets
-_KEY, _NAMED_SEGMENT = 4, 6  # of NamedData
+SEGMENTS, CONSTANT_SEGMENT, NAMED_DATA = 4, 5, 7  # fields of Program
+OFFSET, SIZE = 0, 1  # of DataSegment
+SEGMENT_INDEX, OFFSETS = 0, 1  # of SubsegmentOffsets
+KEY, NAMED_SEGMENT = 0, 1  # of NamedData
 
 _SMALLEST = 4096
 """Bytes below which sharing is not worth a look."""
@@ -46,23 +47,31 @@ def write_program(emitted: Path, path: Path, contents: Contents, alignment: int)
         _Layout(source, target, contents, alignment).write()
 
 
+def read_head(file: BinaryIO) -> tuple[bytearray, int]:
+    """Return the head of a program, and where its segments begin; ValueError where the file is no program."""
+    start = file.read(_HEADER_AT + _HEADER.size)
+    if len(start) < _HEADER_AT + _HEADER.size or start[_HEADER_AT:][: len(_MAGIC)] != _MAGIC:
+        raise ValueError("no ExecuTorch program")
+    _, _, size, base, _ = _HEADER.unpack_from(start, _HEADER_AT)
+    if size > file.seek(0, os.SEEK_END):
+        raise ValueError("the file ends too early")
+    file.seek(0)
+    return bytearray(file.read(size)), base
+
+
 class _Layout:
     def __init__(self, source: BinaryIO, target: BinaryIO, contents: Contents, alignment: int) -> None:
-        from flatbuffers.table import Table
-
         self._source, self._target, self._contents, self._alignment = source, target, contents, alignment
-        magic, _, size, self._base, _ = _HEADER.unpack(self._read(_HEADER_AT, _HEADER.size))
-        assert magic == b"eh00", magic
-        self._head = bytearray(self._read(0, size))
-        program = Table(self._head, *struct.unpack_from("<I", self._head))
-        self._segments = _tables(program, _SEGMENTS)
-        self._keys = {_int(data, _NAMED_SEGMENT): _text(data, _KEY) for data in _tables(program, _NAMED_DATA)}
+        self._head, self._base = read_head(source)
+        program = Record.root(self._head)
+        self._segments = program.records(SEGMENTS)
+        self._keys = {data.number(NAMED_SEGMENT): data.text(KEY) for data in program.records(NAMED_DATA)}
         self._tensors = self._find_tensors(program)
 
     def write(self) -> None:
         end = 0
         for index, segment in enumerate(self._segments):
-            at, size = _long(segment, _OFFSET), _long(segment, _SIZE)
+            at, size = segment.number(OFFSET, "Q"), segment.number(SIZE, "Q")
             key = self._keys.get(index)
             if key is not None and key in self._contents:
                 data = self._contents[key]()
@@ -76,22 +85,20 @@ class _Layout:
                 to = self._aligned(end)
                 self._copy(at, to, size)
                 end = to + size
-            self._put(segment, _OFFSET, to)
-            self._put(segment, _SIZE, size)
+            self._put(segment, OFFSET, to)
+            self._put(segment, SIZE, size)
         struct.pack_into("<Q", self._head, _SEGMENTS_SIZE_AT, end)
         self._target.seek(0)
         self._target.write(self._head)
 
-    def _find_tensors(self, program: Table) -> list[int]:
+    def _find_tensors(self, program: Record) -> Sequence[int]:
         """Return where each constant tensor begins, counted as segments are."""
-        from flatbuffers.table import Table
-
-        constants = Table(program.Bytes, program.Indirect(program.Pos + program.Offset(_CONSTANT_SEGMENT)))
-        field = constants.Offset(_OFFSETS)
-        count = constants.VectorLen(field) if field else 0
+        if program.place(CONSTANT_SEGMENT) is None:
+            return []
+        constants = program.record(CONSTANT_SEGMENT)
         # The first segment is the one that stays where it is.
-        assert not count or _int(constants, _SEGMENT_INDEX) == 0
-        return list(struct.unpack_from(f"<{count}Q", program.Bytes, constants.Vector(field))) if count else []
+        assert constants.number(SEGMENT_INDEX) == 0
+        return constants.numbers(OFFSETS, "Q")
 
     def _twin(self, at: int, size: int) -> int | None:
         """Return where a tensor holds the same bytes as this segment."""
@@ -121,39 +128,8 @@ class _Layout:
     def _aligned(self, at: int) -> int:
         return -(-at // self._alignment) * self._alignment
 
-    def _put(self, segment: Table, slot: int, value: int) -> None:
-        field = segment.Offset(slot)  # 0 where the value is the default, 0
-        assert field or not value
-        if field:
-            struct.pack_into("<Q", self._head, segment.Pos + field, value)
-
-
-def _tables(table: Table, slot: int) -> list[Table]:
-    from flatbuffers.table import Table
-
-    field = table.Offset(slot)
-    if not field:
-        return []
-    first = table.Vector(field)
-    return [Table(table.Bytes, table.Indirect(first + 4 * i)) for i in range(table.VectorLen(field))]
-
-
-def _long(table: Table, slot: int) -> int:
-    from flatbuffers.number_types import Uint64Flags
-
-    return _number(table, slot, Uint64Flags)
-
-
-def _int(table: Table, slot: int) -> int:
-    from flatbuffers.number_types import Uint32Flags
-
-    return _number(table, slot, Uint32Flags)
-
-
-def _number(table: Table, slot: int, flags: Any) -> int:
-    field = table.Offset(slot)
-    return int(table.Get(flags, table.Pos + field)) if field else 0
-
-
-def _text(table: Table, slot: int) -> str:
-    return bytes(table.String(table.Pos + table.Offset(slot))).decode()
+    def _put(self, segment: Record, field: int, value: int) -> None:
+        place = segment.place(field)  # None where the value is the default, 0
+        assert place is not None or not value
+        if place is not None:
+            struct.pack_into("<Q", self._head, place, value)

@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.exporters.executorch_file import Contents, write_program
+from slm_export.exporters.executorch_names import add_names
 from slm_export.exporters.executorch_stamp import lowered_modules, stamped
 from slm_export.exporters.executorch_stand_in import stand_in
 from slm_export.layers import CannotStamp, check_alike, hollow, layers_of
@@ -42,7 +43,7 @@ def lower_decoder(
         (edge, contents), reason = _stamped(checkpoint, build, trace, constants), None
     except CannotStamp as error:
         edge, reason = to_edge(trace(build(checkpoint)), constants), str(error)
-    write(edge, path, contents)
+    write(edge, checkpoint, path, contents)
     return reason
 
 
@@ -83,8 +84,8 @@ def to_edge(program: ExportedProgram, constants: Mapping[str, Any]) -> Any:
     return edge
 
 
-def write(edge: Any, path: Path, contents: Contents = MappingProxyType({})) -> None:
-    """Plan memory, emit, and write with the large constants in their places."""
+def write(edge: Any, checkpoint: Checkpoint, path: Path, contents: Contents = MappingProxyType({})) -> None:
+    """Name the weights, plan memory, emit, and write with the large constants in their places."""
     from executorch.exir import ExecutorchBackendConfig
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 
@@ -96,6 +97,7 @@ def write(edge: Any, path: Path, contents: Contents = MappingProxyType({})) -> N
         constant_tensor_alignment=_ALIGNMENT,
         segment_alignment=_ALIGNMENT,
     )
+    add_names(edge, checkpoint)
     emitted = path.with_name(f"{path.name}.emitted")
     with open(emitted, "wb") as file:
         edge.to_executorch(config).write_to_file(file)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -32,7 +32,7 @@ from torch.export.graph_signature import (
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.exporters.executorch_file import Contents
-from slm_export.exporters.executorch_stand_in import constants_of
+from slm_export.exporters.executorch_stand_in import constant, keys_of
 from slm_export.layers import CannotStamp, Layers
 from slm_export.weights import Weight
 
@@ -84,7 +84,7 @@ class _Stamp:
             key: (index, rest, piece)
             for index in range(2)
             for rest in layers.rests
-            for piece, (key, _) in enumerate(constants_of(layers.weight(substitute, index, rest)))
+            for piece, key in enumerate(keys_of(layers.weight(substitute, index, rest)))
         }
         for _, lowered in lowered_modules(two):
             # Shapes are computed by running it, once per copy: let it be built once.
@@ -265,7 +265,7 @@ class _Stamp:
         old = self._lowered(node)
         payload, entries = old.processed_bytes, {}
         buffers: list[bytes] = []
-        ready: dict[tuple[int, str], list[str]] = {}
+        ready: dict[tuple[int, str], Sequence[str]] = {}
         for key, entry in old.named_data_store_output.pte_data.items():
             if (origin := self._origin.get(key)) is not None:
                 index, rest, piece = origin
@@ -286,13 +286,13 @@ class _Stamp:
         new.meta = old.meta
         return cast(nn.Module, new)
 
-    def _keep(self, weight: Weight) -> list[str]:
+    def _keep(self, weight: Weight) -> Sequence[str]:
         """Remember how to make the constants of a weight; return their names."""
 
         def piece(index: int) -> Callable[[], bytes]:
-            return lambda: list(constants_of(weight))[index][1]
+            return lambda: constant(weight, index)
 
-        names = [name for name, _ in constants_of(weight)]
+        names = keys_of(weight)
         self.contents.update({name: piece(index) for index, name in enumerate(names)})
         return names
 

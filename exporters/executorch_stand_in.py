@@ -1,7 +1,9 @@
 """Stand-ins for the weights of two layers, and the constants that XNNPACK makes of weights.
 
 stand_in    random weights in layers 0 and 1, no two alike, so that each can be told from what was made of it
-constants_of   a weight as XNNPACK stores it, under the names that it gives
+keys_of        the names that XNNPACK gives to the constants that it makes of a weight
+constant       one of them, as it is stored
+constants_of   all of them, under their names
 """
 
 from __future__ import annotations
@@ -29,24 +31,43 @@ def stand_in(checkpoint: Checkpoint, layers: Layers) -> Checkpoint:
     return checkpoint.with_weights(changed)
 
 
+def keys_of(weight: Weight) -> tuple[str, ...]:
+    """Return the names of the constants that XNNPACK makes of a weight: of codes two, which tell the weight."""
+    return tuple(
+        prefix + hashlib.sha256(data.numpy().data).hexdigest() for prefix, data in _constants(weight)
+    )
+
+
+def constant(weight: Weight, index: int) -> bytes:
+    """Return the bytes of one of them."""
+    _, data = list(_constants(weight))[index]
+    return data.numpy().tobytes()
+
+
 def constants_of(weight: Weight) -> Iterator[tuple[str, bytes]]:
-    """Yield names and bytes of the constants that XNNPACK makes of a weight."""
+    """Yield names and bytes of them."""
+    for index, key in enumerate(keys_of(weight)):
+        yield key, constant(weight, index)
+
+
+def xnnpack_nibbles(packed: Tensor) -> Tensor:
+    """Return uint8 (rows, in / 2) of int4 codes: code + 8, even column in the low nibble. Its own inverse."""
+    return packed ^ 0x88  # two's complement -> offset: the sign bit of each nibble flipped
+
+
+def _constants(weight: Weight) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a name begins with, and the bytes as uint8."""
     if isinstance(weight, Dense):
         half = len(weight.shape) > 1 and weight.dtype == torch.float16
-        yield _named("", weight.load() if half else weight.float32())
+        yield "", _bytes(weight.load() if half else weight.float32())
         return
-    yield _named("", weight.packed if weight.bits == 8 else xnnpack_nibbles(weight))
-    yield _named("scale_", weight.scales if weight.bits == 8 else weight.scales.to(torch.bfloat16))
+    packed, scales = weight.load()
+    yield "", _bytes(packed if weight.bits == 8 else xnnpack_nibbles(packed))
+    yield "scale_", _bytes(scales if weight.bits == 8 else scales.to(torch.bfloat16))
 
 
-def xnnpack_nibbles(weight: Quantized) -> Tensor:
-    """Return uint8 (rows, in / 2) of int4 codes: code + 8, even column in the low nibble."""
-    return weight.packed ^ 0x88  # two's complement -> offset: the sign bit of each nibble flipped
-
-
-def _named(prefix: str, tensor: Tensor) -> tuple[str, bytes]:
-    data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-    return prefix + hashlib.sha256(data).hexdigest(), data
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def _random(weight: Weight, generator: torch.Generator) -> Weight:
