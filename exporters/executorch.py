@@ -47,6 +47,7 @@ class ExecuTorchExporter:
     """Writes and opens ``.pte`` programs."""
 
     name: ClassVar[str] = "executorch"
+    packages: ClassVar[tuple[str, ...]] = ("executorch",)
 
     def file(self, task: str) -> str:
         """Return where the program is in a bundle."""
@@ -102,6 +103,9 @@ class ExecuTorchExporter:
         # Its opening and stop tokens are read from there.
         shutil.copyfile(own.with_name(_CONFIG), file.with_name(_CONFIG))
         return file.relative_to(bundle).as_posix()
+
+    def delegation(self, path: Path) -> None:
+        """Not told: what XNNPACK takes is decided when the program is written."""
 
     def rounding(self, x: Tensor, weight: Weight) -> Tensor:
         """Return activations as XNNPACK rounds them."""

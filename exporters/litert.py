@@ -30,6 +30,7 @@ from slm_export.tokenizer import OWN_TOKENIZER
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slm_export.results import Delegation
     from slm_export.runtime_tokenizers import RuntimeTokenizer
     from slm_export.weights import Quantized, Weight
 
@@ -43,6 +44,13 @@ class LiteRTExporter:
     """Writes and opens ``.litertlm`` and ``.tflite`` files."""
 
     name: ClassVar[str] = "litert"
+    packages: ClassVar[tuple[str, ...]] = (
+        "litert-torch",
+        "litert-converter",
+        "ai-edge-litert",
+        "litert-lm",
+        "litert-lm-builder",
+    )
 
     def __init__(self) -> None:
         self._threads = _THREADS
@@ -95,6 +103,12 @@ class LiteRTExporter:
             from slm_export.exporters.litert_reader import read_weights
 
             return read_weights(path)
+
+    def delegation(self, path: Path) -> Delegation:
+        """Return what XNNPACK takes of the first function: decode, or the shortest input."""
+        from slm_export.exporters.litert_delegation import delegation
+
+        return delegation(path)
 
     def rounding(self, x: Tensor, weight: Weight) -> Tensor:
         """Return activations as XNNPACK rounds them: to int8 per token before codes."""

@@ -122,7 +122,8 @@ def _sample(made: Any, generation: dict[str, Any]) -> None:
     """Set the sampler as generation_config.json has it; greedy where that asks for no sampling."""
     kinds, params = _proto("sampler_params").SamplerParameters, made.sampler_params
     if not generation.get("do_sample"):
-        params.type, params.k, params.temperature = kinds.TOP_K, 1, 1.0
+        # The runner has no sampler that is greedy by name, nor one of top-k alone.
+        params.type, params.k, params.p, params.temperature = kinds.TOP_P, 1, 1.0, 1.0
         return
     params.type = kinds.TOP_P
     params.k = int(generation.get("top_k", 50))

@@ -100,7 +100,8 @@ def _decoder_graph(
     call = DecoderCall(decoder, dialect, inputs)
     signatures = [
         Signature(name, call, decoder_example(dialect, length))
-        for name, length in ((*((f"prefill_{n}", n) for n in lengths), (_DECODE, 1)))
+        # The first function is the one that tools look at.
+        for name, length in ((_DECODE, 1), *((f"prefill_{n}", n) for n in lengths))
     ]
     return convert(signatures, inputs)
 

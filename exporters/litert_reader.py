@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ def _matrix(
     path: Path, begin: int, model: Any, subgraph: Any, tensor: Any, schema: Any, name: str
 ) -> Quantized:
     bits = 4 if tensor.Type() == schema.TensorType.INT4 else 8
-    rows, columns = (int(size) for size in tensor.ShapeAsNumpy())
+    # A filter of a convolution is a row: the rest of the shape says only how it lies over its input.
+    rows, *rest = (int(size) for size in tensor.ShapeAsNumpy())
+    columns = math.prod(rest)
     quantization = tensor.Quantization()
     codes = _place(model, tensor)
     if bits == 8:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -26,8 +27,10 @@ def export_command(request: Request, as_json: bool) -> None:
     from slm_export.report import print_report, to_json
 
     with _working() as progress:
-        from slm_export.driver import export
+        from slm_export import driver, keras_export, keras_source
 
+        tensorflow = keras_source.is_tensorflow_model(request.model)
+        export = keras_export.export if tensorflow else driver.export
         report, out = export(make_plan(request), progress)
     shown = _as_typed(out)
     if as_json:
@@ -39,11 +42,12 @@ def export_command(request: Request, as_json: bool) -> None:
 def verify_command(folder: Path, source: str | None, eval_text: Path | None, as_json: bool) -> None:
     """Verify a bundle, then print every check; GateError where one failed."""
     with _working() as progress:
-        from slm_export.opened import to_json, verify
+        from slm_export import keras_bundle, opened
 
+        verify = keras_bundle.verify if keras_bundle.is_one(folder) else opened.verify
         found = verify(folder, source, eval_text, progress)
     if as_json:
-        _print_json(to_json(found))
+        _print_json(opened.to_json(found))
     else:
         console = _stdout()
         for name, group in found.checks.items():
@@ -76,17 +80,16 @@ def run_command(
 ) -> None:
     """Run a bundle on a prompt."""
     with kept_from_terminal():
-        from slm_export.answers import lines
+        from slm_export import keras_bundle
         from slm_export.generation import Sampling
         from slm_export.opened import open_bundle
 
+        if keras_bundle.is_one(folder):
+            _print_answer(keras_bundle.run(folder, prompt, format), as_json)
+            return
         opened = open_bundle(folder, format)
         if opened.manifest.model.task != GENERATION:
-            answered = opened.answer(prompt)
-            if as_json:
-                _print_json(answered)
-            else:
-                print("\n".join(lines(answered)))
+            _print_answer(opened.answer(prompt), as_json)
             return
         pieces = opened.text(
             prompt, max_tokens, Sampling(temperature, top_p, seed), chat=not no_chat_template
@@ -100,6 +103,15 @@ def run_command(
                 sys.stdout.write(piece)
                 sys.stdout.flush()
             print()
+
+
+def _print_answer(answered: dict[str, Any], as_json: bool) -> None:
+    from slm_export.answers import lines
+
+    if as_json:
+        _print_json(answered)
+    else:
+        print("\n".join(lines(answered)))
 
 
 def devices_command(name: str | None, as_json: bool) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from slm_export import __version__, bundle, fidelity
 from slm_export.checkpoint import Checkpoint
@@ -17,26 +19,28 @@ from slm_export.fidelity.judging import checks_of
 from slm_export.finished import IN_MEMORY, Finished, Keeper, cache_folder, finished_weights, until_the_end
 from slm_export.gates import Gates
 from slm_export.hub import find_model
-from slm_export.judge import judge_artifact
+from slm_export.judge import Judgement, Subject, judge_artifact
 from slm_export.load import check_values, load_checkpoint
+from slm_export.parity import Trace, compare, judge_pairs
 from slm_export.progress import Progress
 from slm_export.provenance import facts_of, refuse_large_vocabulary, runtime_facts
 from slm_export.recipe import lowest_bits, options_of, relative_error, unaccounted
 from slm_export.results import (
     Artifact,
     Check,
+    Delegation,
     FormatResult,
     Latency,
     ModelFacts,
+    Pair,
     PassRow,
-    Quality,
     Report,
 )
 from slm_export.runtime import Exporter, ExportOptions
 from slm_export.tasks import GENERATION
 from slm_export.tokenizer import OWN_TOKENIZER, SourceTokenizer
 
-_TOOLS = ("torch", "transformers", "tokenizers", "safetensors", "executorch")
+_TOOLS = ("torch", "transformers", "tokenizers", "safetensors")
 
 
 class FailedGateError(GateError):
@@ -69,35 +73,27 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
         plan.target.bundle(tokenizer, staging.path)
         options = replace(options, tokenizer=staging.path / "tokenizer")
         runners = _runner_tokenizers(plan, source, staging.path)
-        results: list[FormatResult] = []
         notes = [*plan.notes, *notes, *(f"{name}: not used: {why}" for name, why in source.unused.items())]
+        subjects = []
         for exporter in plan.exporters:
             artifact = _write(exporter, checkpoint, options, staging.path, progress)
-            result, more = _prove(
-                plan,
-                exporter,
-                artifact,
-                source,
-                checkpoint,
-                tokenizer,
-                documents,
-                gates,
-                staging.path / runners.get(exporter.name, OWN_TOKENIZER),
-                progress,
-            )
-            results.append(result)
-            notes += more
+            runner = staging.path / runners.get(exporter.name, OWN_TOKENIZER)
+            subject = Subject(exporter, artifact.path, source.task, tokenizer, runner, documents, gates)
+            subjects.append((artifact, subject))
+        results, pairs, more = _prove(plan, subjects, source, checkpoint, progress)
+        notes += more
         report = Report(
             model=facts,
             target=plan.profile.target,
             device=plan.profile.name,
             device_title=plan.profile.title,
             passes=passes,
-            formats=tuple(results),
-            toolchain=_toolchain(),
+            formats=results,
+            toolchain=_toolchain(plan),
             seconds=time.monotonic() - began,
             stages=dict(progress.stages),
             peak_rss_mb=progress.peak_rss_mb,
+            parity=pairs,
             notes=tuple(notes),
         )
         _refuse_failures(report)
@@ -202,39 +198,63 @@ def _write(
 
 def _prove(
     plan: Plan,
-    exporter: Exporter,
-    artifact: Artifact,
+    subjects: Sequence[tuple[Artifact, Subject]],
     source: Checkpoint,
     checkpoint: Checkpoint,
-    tokenizer: SourceTokenizer,
-    documents: Sequence[str],
-    gates: Gates,
-    runner_tokenizer: Path,
     progress: Progress,
-) -> tuple[FormatResult, tuple[str, ...]]:
-    """Open the artifact again, compare it with its source, and measure it."""
-    quality: Quality | None = None
+) -> tuple[tuple[FormatResult, ...], tuple[Pair, ...], list[str]]:
+    """Open every artifact again, compare it with its source and with the others, and measure it."""
+    several = len(subjects) > 1
+    results: list[FormatResult] = []
+    traces: dict[str, Trace] = {}
+    notes: list[str] = []
+    with _kept_readings(several) as folder:
+        references = fidelity.References(source, checkpoint, folder)
+        for artifact, subject in subjects:
+            result, judged = _judge(plan, artifact, subject, references, several, progress)
+            results.append(result)
+            notes += [f"{artifact.format}: {note}" if several else note for note in judged.notes]
+            if judged.trace is not None:
+                traces[artifact.format] = judged.trace
+    pairs: tuple[Pair, ...] = ()
+    if traces:
+        with progress.stage("compare formats"):
+            stored = {a.format: subject.exporter.stored(a.path) for a, subject in subjects}
+            pairs = compare(traces, stored, source.task)
+    return tuple(results), pairs, notes
+
+
+def _judge(
+    plan: Plan,
+    artifact: Artifact,
+    subject: Subject,
+    references: fidelity.References,
+    trace: bool,
+    progress: Progress,
+) -> tuple[FormatResult, Judgement]:
     latency: Latency | None = None
-    checks = _size_check(artifact, gates)
-    notes: tuple[str, ...] = ()
+    delegation: Delegation | None = None
+    judged = Judgement((), ())
+    checks = _size_check(artifact, subject.gates)
     if plan.request.verify:
-        quality, more, notes = judge_artifact(
-            exporter,
-            artifact.path,
-            source,
-            checkpoint,
-            tokenizer,
-            runner_tokenizer,
-            documents,
-            gates,
-            progress,
-        )
-        checks += more
+        judged = judge_artifact(subject, references, progress, trace=trace)
+        checks += judged.checks
     if plan.request.bench:
-        with progress.stage(f"measure {exporter.name}"):
-            latency = plan.target.benchmark(artifact.path, artifact.format, source.task)
-        checks += checks_of(latency, gates, {})
-    return FormatResult(artifact, quality, checks, latency), notes
+        with progress.stage(f"measure {artifact.format}"):
+            latency = plan.target.benchmark(artifact.path, artifact.format, subject.task)
+            delegation = subject.exporter.delegation(artifact.path)
+        checks += checks_of(latency, subject.gates, {})
+    return FormatResult(artifact, judged.quality, checks, latency, delegation), judged
+
+
+@contextmanager
+def _kept_readings(several: bool) -> Iterator[Path | None]:
+    """Yield a folder for what the reference models say of a text, where more than one format needs it."""
+    if not several:
+        yield None
+        return
+    with bundle.machine_errors("compare", cache_folder()), TemporaryDirectory(prefix="slm-export-") as folder:
+        yield Path(folder)
 
 
 def _size_check(artifact: Artifact, gates: Gates) -> tuple[Check, ...]:
@@ -245,25 +265,27 @@ def _size_check(artifact: Artifact, gates: Gates) -> tuple[Check, ...]:
 
 def _refuse_failures(report: Report) -> None:
     failed = [
-        f"  {result.artifact.format}: {check.name}"
-        + (
-            f" is {check.value:.4g}, limit {check.limit:.4g}"
-            if check.limit is not None and check.value is not None
-            else ""
-        )
-        + (f": {check.detail}" if check.detail else "")
+        _words(f"{result.artifact.format}: ", check)
         for result in report.formats
         for check in result.checks
         if not check.passed
     ]
+    failed += [_words("", check) for check in judge_pairs(report.parity) if not check.passed]
     if failed:
         message = "the artifact is not good enough, and nothing of it was kept\n" + "\n".join(failed)
         raise FailedGateError(message, report)
 
 
-def _toolchain() -> dict[str, str]:
+def _words(prefix: str, check: Check) -> str:
+    figures = ""
+    if check.limit is not None and check.value is not None:
+        figures = f" is {check.value:.4g}, limit {check.limit:.4g}"
+    return f"  {prefix}{check.name}{figures}" + (f": {check.detail}" if check.detail else "")
+
+
+def _toolchain(plan: Plan) -> dict[str, str]:
     found = {"slm-export": __version__}
-    for name in _TOOLS:
+    for name in (*_TOOLS, *(package for exporter in plan.exporters for package in exporter.packages)):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

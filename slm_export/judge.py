@@ -3,108 +3,125 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from slm_export import fidelity
-from slm_export.checkpoint import Checkpoint
 from slm_export.evaltext import load_sentences
 from slm_export.fidelity.tokens import TOKENS
 from slm_export.gates import Gates
+from slm_export.parity import Trace, judge_codes, trace_of
 from slm_export.progress import Progress
 from slm_export.results import Check, Quality
 from slm_export.runtime import DecoderSession, EncoderSession, Exporter
 from slm_export.tokenizer import SourceTokenizer
 from slm_export.vendor_text import judge_vendor_text
+from slm_export.weights import Quantized
 
 _LONG_TEXTS = 2
 
-Judgement = tuple[Quality | None, tuple[Check, ...], tuple[str, ...]]
+
+@dataclass(frozen=True)
+class Subject:
+    """An artifact, and what it is judged with."""
+
+    exporter: Exporter
+    path: Path
+    task: str
+    tokenizer: SourceTokenizer
+    runner_tokenizer: Path
+    """The tokenizer file that the vendor's runner is given."""
+    documents: Sequence[str]
+    gates: Gates
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What was found. ``trace`` is there where formats are to be compared with each other."""
+
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...]
+    quality: Quality | None = None
+    trace: Trace | None = None
 
 
 def judge_artifact(
-    exporter: Exporter,
-    path: Path,
-    source: Checkpoint,
-    quantized: Checkpoint,
-    tokenizer: SourceTokenizer,
-    runner_tokenizer: Path,
-    documents: Sequence[str],
-    gates: Gates,
-    progress: Progress,
+    subject: Subject, references: fidelity.References, progress: Progress, *, trace: bool = False
 ) -> Judgement:
-    """Return figures, checks and notes of an artifact, compared with the model it was made from.
-
-    ``runner_tokenizer``: the tokenizer file that the runner is given.
-    """
-    session = exporter.open(path, source.task)
+    """Return figures, checks and notes of an artifact, compared with the models it was made from."""
+    exporter, name = subject.exporter, subject.exporter.name
+    session = exporter.open(subject.path, subject.task)
     try:
+        with progress.stage(f"read back {name}"):
+            weights = references.quantized.weights
+            quantized = {n: weight for n, weight in weights.items() if isinstance(weight, Quantized)}
+            codes = judge_codes(exporter.stored(subject.path), quantized)
         with progress.stage("compare tokenizers"):
-            verdict = _judge_tokenizer(exporter, path, tokenizer, runner_tokenizer, source.task, gates)
+            verdict = _judge_tokenizer(subject)
+        quality: Quality
         if isinstance(session, DecoderSession):
-            checks = _self_checks(exporter, path, session, tokenizer, runner_tokenizer, documents)
-            with progress.stage(f"verify {exporter.name}", total=TOKENS) as stage:
-                quality: Quality
+            checks = _self_checks(subject, session)
+            with progress.stage(f"verify {name}", total=TOKENS) as stage:
                 quality, more = fidelity.judge_decoder(
-                    source, quantized, session, exporter.rounding, tokenizer, documents, gates, stage.advance
+                    references,
+                    session,
+                    exporter.rounding,
+                    subject.tokenizer,
+                    subject.documents,
+                    subject.gates,
+                    stage.advance,
                 )
         else:
             assert isinstance(session, EncoderSession)
             checks = ()
             # Whole documents too: they fill the longest input.
-            texts = (*load_sentences(), *sorted(documents, key=len)[-_LONG_TEXTS:])
-            with progress.stage(f"verify {exporter.name}", total=len(texts)) as stage:
+            texts = (*load_sentences(), *sorted(subject.documents, key=len)[-_LONG_TEXTS:])
+            with progress.stage(f"verify {name}", total=len(texts)) as stage:
                 quality, more = fidelity.judge_encoder(
-                    source, quantized, session, exporter.rounding, tokenizer, texts, gates, stage.advance
+                    references,
+                    session,
+                    exporter.rounding,
+                    subject.tokenizer,
+                    texts,
+                    subject.gates,
+                    stage.advance,
                 )
-        return quality, (*more, *checks, *verdict.checks), verdict.notes
+        traced = _trace(subject, session) if trace else None
+        return Judgement((*more, codes, *checks, *verdict.checks), verdict.notes, quality, traced)
     finally:
         session.close()
 
 
-def self_check(
-    exporter: Exporter,
-    path: Path,
-    task: str,
-    tokenizer: SourceTokenizer,
-    runner_tokenizer: Path,
-    documents: Sequence[str],
-    gates: Gates,
-) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+def self_check(subject: Subject, *, trace: bool = False) -> Judgement:
     """Return what can be checked of an artifact without its source: it opens, stops, and reads text alike."""
-    session = exporter.open(path, task)
+    session = subject.exporter.open(subject.path, subject.task)
     try:
-        verdict = _judge_tokenizer(exporter, path, tokenizer, runner_tokenizer, task, gates)
-        checks: tuple[Check, ...] = ()
-        if isinstance(session, DecoderSession):
-            checks = _self_checks(exporter, path, session, tokenizer, runner_tokenizer, documents)
-        return (*checks, *verdict.checks), verdict.notes
+        verdict = _judge_tokenizer(subject)
+        checks = _self_checks(subject, session) if isinstance(session, DecoderSession) else ()
+        traced = _trace(subject, session) if trace else None
+        return Judgement((*checks, *verdict.checks), verdict.notes, trace=traced)
     finally:
         session.close()
 
 
-def _self_checks(
-    exporter: Exporter,
-    path: Path,
-    session: DecoderSession,
-    tokenizer: SourceTokenizer,
-    runner_tokenizer: Path,
-    documents: Sequence[str],
-) -> tuple[Check, ...]:
-    prompt = " ".join(documents[0].split()[:12])
+def _self_checks(subject: Subject, session: DecoderSession) -> tuple[Check, ...]:
+    prompt = " ".join(subject.documents[0].split()[:12])
     return (
-        fidelity.judge_stop_tokens(session.stop_ids, tokenizer.stop_ids),
-        judge_vendor_text(exporter, path, runner_tokenizer, tokenizer, session, prompt),
+        fidelity.judge_stop_tokens(session.stop_ids, subject.tokenizer.stop_ids),
+        judge_vendor_text(
+            subject.exporter, subject.path, subject.runner_tokenizer, subject.tokenizer, session, prompt
+        ),
     )
 
 
-def _judge_tokenizer(
-    exporter: Exporter,
-    path: Path,
-    tokenizer: SourceTokenizer,
-    runner_tokenizer: Path,
-    task: str,
-    gates: Gates,
-) -> fidelity.TokenizerVerdict:
+def _judge_tokenizer(subject: Subject) -> fidelity.TokenizerVerdict:
     return fidelity.judge_tokenizer(
-        tokenizer, lambda: exporter.open_tokenizer(path, runner_tokenizer, task), task, gates
+        subject.tokenizer,
+        lambda: subject.exporter.open_tokenizer(subject.path, subject.runner_tokenizer, subject.task),
+        subject.task,
+        subject.gates,
     )
+
+
+def _trace(subject: Subject, session: DecoderSession | EncoderSession) -> Trace:
+    return trace_of(session, subject.task, subject.tokenizer, subject.documents)

@@ -83,6 +83,8 @@ class Manifest(_Entry):
     files: tuple[FileEntry, ...]
     quality: dict[str, dict[str, Figure] | None]
     latency: dict[str, dict[str, Figure] | None]
+    parity: tuple[dict[str, Any], ...] = ()
+    """Every pair of formats beside each other."""
     gates: Gates
     """The thresholds in force, so that the judgement can be repeated."""
     runtime: dict[str, Any] = Field(default_factory=dict)
@@ -137,6 +139,7 @@ def build_manifest(
         files=tuple(files),
         quality={result.artifact.format: _quality(result) for result in report.formats},
         latency={result.artifact.format: _latency(result) for result in report.formats},
+        parity=tuple(dataclasses.asdict(pair) for pair in report.parity),
         gates=gates or Gates.model_validate({}),
         runtime=dict(runtime or {}),
         toolchain=dict(sorted(report.toolchain.items())),

@@ -12,17 +12,19 @@ from slm_export.answers import answer
 from slm_export.bundle import Manifest, read_manifest, verify_files
 from slm_export.errors import GateError, InputError
 from slm_export.evaltext import load_documents
-from slm_export.fidelity import judging
+from slm_export.fidelity import References, judging
 from slm_export.gates import Gates
 from slm_export.generation import Sampling, generate
 from slm_export.hub import find_model
-from slm_export.judge import judge_artifact, self_check
+from slm_export.judge import Subject, judge_artifact, self_check
 from slm_export.load import load_checkpoint
+from slm_export.manifest import ArtifactEntry
+from slm_export.parity import Stored, Trace, compare, judge_pairs
 from slm_export.progress import Progress
 from slm_export.provenance import source_sha256
 from slm_export.recipe import make_pass
 from slm_export.registry import exporter
-from slm_export.results import Artifact, Check
+from slm_export.results import Artifact, Check, Pair
 from slm_export.runtime import DecoderSession, EncoderSession, Session
 from slm_export.tokenizer import OWN_TOKENIZER, Detokenizer, SourceTokenizer
 
@@ -34,6 +36,7 @@ class Verification:
     checks: dict[str, tuple[Check, ...]]
     """By format; "files" for the bundle itself."""
     notes: tuple[str, ...]
+    parity: tuple[Pair, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -54,40 +57,42 @@ def verify(folder: Path, source: str | None, eval_text: Path | None, progress: P
     checks: dict[str, tuple[Check, ...]] = {"files": (Check("checksums", not problems, detail),)}
     if problems:
         return Verification(checks, ("artifacts were not opened: the files are not those that were written",))
-    tokenizer = SourceTokenizer.load(folder / "tokenizer")
+    made_from = None if source is None else _made_from(folder, manifest, source, progress)
+    tokenizer = SourceTokenizer.load(folder / "tokenizer" if made_from is None else made_from.source.folder)
+    several = len(manifest.artifacts) > 1
+    documents = load_documents(eval_text)
     notes: list[str] = []
+    traces: dict[str, Trace] = {}
+    stored: dict[str, Stored] = {}
     for entry in manifest.artifacts:
-        made = exporter(entry.format)
-        path = folder / entry.path
-        if source is None:
+        runner = _runner_tokenizer(folder, manifest, entry.format)
+        made, path = exporter(entry.format), folder / entry.path
+        subject = Subject(made, path, manifest.model.task, tokenizer, runner, documents, manifest.gates)
+        if made_from is None:
             with progress.stage(f"open {entry.format}"):
-                group, more = self_check(
-                    made,
-                    path,
-                    manifest.model.task,
-                    tokenizer,
-                    _runner_tokenizer(folder, manifest, entry.format),
-                    load_documents(eval_text),
-                    manifest.gates,
-                )
+                judged = self_check(subject, trace=several)
             notes.append("fidelity was not measured: give --source MODEL")
         else:
-            group, more = _with_source(folder, manifest, entry.format, source, eval_text, progress)
-        checks[entry.format] = group
-        notes += more
-    return Verification(checks, tuple(dict.fromkeys(notes)))
+            judged = judge_artifact(subject, made_from, progress, trace=several)
+        checks[entry.format] = (*_size(entry, manifest.gates), *judged.checks)
+        notes += judged.notes
+        if judged.trace is not None:
+            traces[entry.format], stored[entry.format] = judged.trace, made.stored(path)
+    pairs: tuple[Pair, ...] = ()
+    if traces:
+        with progress.stage("compare formats"):
+            pairs = compare(traces, stored, manifest.model.task)
+        checks["formats"] = judge_pairs(pairs)
+    return Verification(checks, tuple(dict.fromkeys(notes)), pairs)
 
 
-def _with_source(
-    folder: Path, manifest: Manifest, format: str, source: str, eval_text: Path | None, progress: Progress
-) -> tuple[tuple[Check, ...], tuple[str, ...]]:
-    """Make the quantized checkpoint again, which is deterministic, and judge the artifact by it."""
+def _made_from(folder: Path, manifest: Manifest, source: str, progress: Progress) -> References:
+    """Make the quantized checkpoint again, which is deterministic."""
     model = find_model(source)
     if source_sha256(model) != manifest.model.source_sha256:
         raise InputError(f"{source}: not the model that {folder} was made from (another sha256)")
     with progress.stage("read the model"):
         original = load_checkpoint(model)
-        tokenizer = SourceTokenizer.load(model)
     checkpoint = original
     for step in manifest.recipe:
         options = {key: value for key, value in step.items() if key != "pass"}
@@ -95,23 +100,12 @@ def _with_source(
             checkpoint = (
                 make_pass(str(step["pass"]), options, f"{folder}/manifest.json").run(checkpoint).checkpoint
             )
-    entry = manifest.artifact(format)
-    path = folder / entry.path
-    quality, checks, notes = judge_artifact(
-        exporter(format),
-        path,
-        original,
-        checkpoint,
-        tokenizer,
-        _runner_tokenizer(folder, manifest, format),
-        load_documents(eval_text),
-        manifest.gates,
-        progress,
-    )
-    del quality
-    artifact = Artifact(path, format, entry.bytes, entry.sha256, entry.bits_per_weight)
-    size = judging.checks_of(artifact, Gates(max_bytes=manifest.gates.max_bytes), {})
-    return (*size, *checks), notes
+    return References(original, checkpoint)
+
+
+def _size(entry: ArtifactEntry, gates: Gates) -> tuple[Check, ...]:
+    artifact = Artifact(Path(entry.path), entry.format, entry.bytes, entry.sha256, entry.bits_per_weight)
+    return judging.checks_of(artifact, Gates(max_bytes=gates.max_bytes), {})
 
 
 def _runner_tokenizer(folder: Path, manifest: Manifest, format: str) -> Path:
@@ -181,5 +175,6 @@ def to_json(verification: Verification) -> dict[str, object]:
         "checks": {
             name: [dataclasses.asdict(c) for c in group] for name, group in verification.checks.items()
         },
+        "parity": [dataclasses.asdict(pair) for pair in verification.parity],
         "notes": list(verification.notes),
     }

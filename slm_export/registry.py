@@ -9,7 +9,11 @@ from slm_export.errors import InputError, suggestion
 from slm_export.profile import FORMATS, TARGETS
 from slm_export.runtime import Exporter, Target
 
-_EXPORTERS: Mapping[str, str] = {"executorch": "executorch:ExecuTorchExporter"}
+_EXPORTERS: Mapping[str, str] = {
+    "executorch": "executorch:ExecuTorchExporter",
+    "litert": "litert:LiteRTExporter",
+    "onnx": "onnx:OnnxExporter",
+}
 _TARGETS: Mapping[str, str] = {"android": "android:Android", "linux": "linux:Linux", "host": "host:Host"}
 
 

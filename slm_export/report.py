@@ -95,6 +95,9 @@ def print_report(console: Console, report: Report, out: Path) -> None:
         _print_fidelity(console, result)
     for result in report.formats:
         _print_speed(console, result)
+    if report.parity:
+        _heading(console, "The formats beside each other")
+        _rows(console, words.parity_rows(report.parity))
     if report.notes:
         _heading(console, "Notes")
         for note in report.notes:
@@ -174,6 +177,8 @@ def _print_speed(console: Console, result: FormatResult) -> None:
         return
     _heading(console, f"Speed of {result.artifact.format} ({words.where_measured(result)})")
     _rows(console, rows, right=frozenset({1}))
+    if taken := words.delegation(result):
+        console.print(_line(f"  {taken}", "dim"))
 
 
 def to_html(report: Report) -> str:

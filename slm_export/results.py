@@ -138,6 +138,21 @@ Latency = TokenLatency | EncoderLatency
 
 
 @dataclass(frozen=True)
+class Delegation:
+    """What of an artifact runs in the library of fast kernels that its runtime hands work to."""
+
+    delegate: str
+    function: str
+    operators: int
+    taken: int
+    multiplications: int
+    """Multiply-adds of matrix products in one call."""
+    taken_multiplications: int
+    rest: dict[str, int]
+    """Operators that were not taken: name -> how many."""
+
+
+@dataclass(frozen=True)
 class FormatResult:
     """Everything known of one artifact. ``quality`` and ``latency`` are None where they were turned off."""
 
@@ -145,11 +160,34 @@ class FormatResult:
     quality: Quality | None
     checks: tuple[Check, ...]
     latency: Latency | None
+    delegation: Delegation | None = None
 
     @property
     def passed(self) -> bool:
         """Whether every check passed."""
         return all(check.passed for check in self.checks)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two formats of one export beside each other, on the same tokens or sentences."""
+
+    formats: tuple[str, str]
+    matrices: int
+    """Quantized matrices, read back out of both files."""
+    differing: tuple[str, ...]
+    """Those whose bits, group, codes or scales are not the same."""
+    rows: int
+    """Rows of outputs compared: tokens, or sentences."""
+    max_abs: float
+    top1_agreement: float | None = None
+    kl_mean: float | None = None
+    """From the first format's distribution to the second's, in nats."""
+    cosine_min: float | None = None
+    cosine_mean: float | None = None
+    greedy_agreed: int | None = None
+    """Tokens that both write alike before they part."""
+    greedy_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -182,10 +220,12 @@ class Report:
     """Wall seconds by stage, in order."""
     peak_rss_mb: float
     """Peak resident memory of the export itself, MiB."""
+    parity: tuple[Pair, ...] = ()
+    """Every pair of formats."""
     notes: tuple[str, ...] = ()
     """What was not done, and why: verification turned off, a check that does not apply, a fallback."""
 
     @property
     def passed(self) -> bool:
         """Whether every check of every format passed."""
-        return all(result.passed for result in self.formats)
+        return all(result.passed for result in self.formats) and not any(p.differing for p in self.parity)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from slm_export.checkpoint import Checkpoint
-from slm_export.results import Artifact, Latency
+from slm_export.results import Artifact, Delegation, Latency
 from slm_export.runtime_tokenizers import RuntimeTokenizer
 from slm_export.tokenizer import SourceTokenizer
 from slm_export.weights import Quantized, Weight
@@ -78,6 +78,8 @@ class Exporter(Protocol):
     """Writes one format, and opens it again in its own runtime."""
 
     name: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]]
+    """What it is built on, for the record of versions."""
 
     def file(self, task: str) -> str:
         """Return where the artifact is in a bundle: executorch/model.pte."""
@@ -100,6 +102,9 @@ class Exporter(Protocol):
         Raises:
             InputError: the file is not one of ours, or a matrix in it is not on the grid.
         """
+
+    def delegation(self, path: Path) -> Delegation | None:
+        """Return what share of an artifact its delegate takes; None where that cannot be told."""
 
     def rounding(self, x: Tensor, weight: Weight) -> Tensor:
         """Return float32 activations (..., in) as the runtime rounds them before they meet ``weight``."""

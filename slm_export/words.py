@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from slm_export.gates import Gates
-from slm_export.results import Check, FormatResult, PassRow, Report, TokenLatency
+from slm_export.results import Check, FormatResult, Pair, PassRow, Report, TokenLatency
 
 _SAME_REASON = re.compile(r"\d+")
 
@@ -53,6 +53,47 @@ def change(before: int, after: int) -> str:
     if not before or not after:
         return ""
     return f"{before / after:.1f}x smaller" if after <= before else f"{after / before:.1f}x larger"
+
+
+def parity_rows(pairs: Sequence[Pair]) -> list[tuple[str, ...]]:
+    """Return the table of formats beside each other, a header first."""
+    if not pairs:
+        return []
+    rows = [("formats", "codes and scales", "largest difference", *_parity_heads(pairs[0]))]
+    for pair in pairs:
+        codes = (
+            f"{len(pair.differing)} of {pair.matrices} differ"
+            if pair.differing
+            else f"same in all {pair.matrices}"
+        )
+        rows.append((" / ".join(pair.formats), codes, figure(pair.max_abs), *_parity_figures(pair)))
+    return rows
+
+
+def _parity_heads(pair: Pair) -> tuple[str, ...]:
+    if pair.cosine_min is not None:
+        return ("cosine mean", "cosine min")
+    return ("top-1", "KL mean", "same greedy tokens")[: 2 + (pair.greedy_tokens is not None)]
+
+
+def _parity_figures(pair: Pair) -> tuple[str, ...]:
+    if pair.cosine_min is not None:
+        return figure(pair.cosine_mean), figure(pair.cosine_min)
+    greedy = () if pair.greedy_tokens is None else (f"{pair.greedy_agreed} of {pair.greedy_tokens}",)
+    return (figure(pair.top1_agreement), figure(pair.kl_mean), *greedy)
+
+
+def delegation(result: FormatResult) -> str:
+    """Say what share of an artifact its fast kernels take, and what they leave."""
+    found = result.delegation
+    if found is None:
+        return ""
+    rest = ", ".join(f"{name} {count}" for name, count in sorted(found.rest.items()))
+    shares = (
+        f"{found.delegate} takes {found.taken} of {found.operators} operators of {found.function}, "
+        f"{100 * found.taken_multiplications / max(1, found.multiplications):.1f}% of the multiply-adds"
+    )
+    return f"{shares}; left: {rest}" if rest else shares
 
 
 def limit(check: Check) -> str:

@@ -4,6 +4,7 @@
     greedy      a decoder's own long text: does it stop, loop or wander where the source would not
     encoders    embeddings and class scores over varied sentences
     tokenizers  the app's tokenizer and stop tokens against the source's
+    references  the torch models that artifacts are compared with
     thresholds  what is demanded where neither profile nor settings say
 
 Two distances are kept apart: quantization loss (source against the same model with the quantized weights, both
@@ -12,11 +13,13 @@ artifact). The first is the price of the bits; the second is a bug until explain
 """
 
 from slm_export.fidelity.encoders import judge_encoder
+from slm_export.fidelity.references import References
 from slm_export.fidelity.thresholds import default_gates
 from slm_export.fidelity.tokenizers import TokenizerVerdict, judge_stop_tokens, judge_tokenizer
 from slm_export.fidelity.tokens import judge_decoder
 
 __all__ = [
+    "References",
     "TokenizerVerdict",
     "default_gates",
     "judge_decoder",

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from slm_export.checkpoint import Checkpoint
 from slm_export.dialect import Rounding
 from slm_export.fidelity.judging import checks_of
+from slm_export.fidelity.references import References
 from slm_export.gates import Gates
-from slm_export.model import build_reference
 from slm_export.results import Check, EmbeddingQuality, ScoreQuality
 from slm_export.runtime import EncoderSession
 from slm_export.tasks import ANSWERING, EMBEDDING, rows
@@ -40,8 +40,7 @@ class _Compared:
 
 @torch.no_grad()
 def judge_encoder(
-    source: Checkpoint,
-    quantized: Checkpoint,
+    references: References,
     session: EncoderSession,
     rounding: Rounding,
     tokenizer: SourceTokenizer,
@@ -51,21 +50,27 @@ def judge_encoder(
 ) -> tuple[EmbeddingQuality | ScoreQuality, tuple[Check, ...]]:
     """Measure an encoder artifact and hold it against the thresholds.
 
-    Given   the source model, the checkpoint that the artifact was written from, the artifact open in its runtime,
-            what that runtime does to activations;
+    Given   the models that it was made from, the artifact open in its runtime, what that runtime does to activations;
             texts of any length: what exceeds the artifact's longest input is cut
     """
-    original = build_reference(source)
-    lowered = build_reference(quantized, rounding)
+    source, original = references.source, references.source_model
+    lowered = references.lowered_model(rounding)
     compared = []
     for index, text in enumerate(texts):
         question = texts[index - 1] if source.task == ANSWERING else None
         inputs = _inputs(tokenizer, text, question, session.context, PADDING if index % 4 == 3 else 0)
         tensors = [torch.tensor([values]) for values in inputs if values]
-        outputs = (original(*tensors)[0], lowered(*tensors)[0], session.outputs(*inputs))
+        expected = references.kept(f"source-{index}", partial(_output, original, tensors))
+        outputs = (expected, lowered(*tensors)[0], session.outputs(*inputs))
         compared.append(_Compared(text, *(rows(source.task, output, sum(inputs[1])) for output in outputs)))
         advance(1, "texts")
     return (_embeddings if source.task == EMBEDDING else _scores)(compared, gates)
+
+
+def _output(model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+    """Return what an encoder makes of one text, without batch."""
+    output: Tensor = model(*inputs)[0]
+    return output
 
 
 def _inputs(

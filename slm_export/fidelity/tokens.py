@@ -12,18 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slm_export.checkpoint import Checkpoint
 from slm_export.dialect import Rounding
 from slm_export.evaltext import token_windows
 from slm_export.fidelity.greedy import Greedy, judge_greedy
 from slm_export.fidelity.judging import checks_of
+from slm_export.fidelity.references import References
 from slm_export.gates import Gates
-from slm_export.model import build_reference
 from slm_export.results import Check, TokenQuality
 from slm_export.runtime import DecoderSession
 from slm_export.tokenizer import SourceTokenizer
@@ -34,22 +34,6 @@ _LOGITS_BYTES = 256 << 20  # of one reference's logits that stand in memory toge
 
 Window = tuple[int, ...]
 Advance = Callable[[int, str], None]
-
-
-@dataclass(frozen=True)
-class Models:
-    """The three torch models that an artifact is compared with."""
-
-    source: nn.Module
-    quantized: nn.Module
-    """The weights of the artifact, activations in float32."""
-    lowered: nn.Module
-    """The weights of the artifact and its activation quantization."""
-
-    @classmethod
-    def of(cls, source: Checkpoint, quantized: Checkpoint, rounding: Rounding) -> Models:
-        """Build them; weights are read as they are used."""
-        return cls(build_reference(source), build_reference(quantized), build_reference(quantized, rounding))
 
 
 @dataclass
@@ -70,8 +54,7 @@ class _Sums:
 
 @torch.no_grad()
 def judge_decoder(
-    source: Checkpoint,
-    quantized: Checkpoint,
+    references: References,
     session: DecoderSession,
     rounding: Rounding,
     tokenizer: SourceTokenizer,
@@ -81,20 +64,19 @@ def judge_decoder(
 ) -> tuple[TokenQuality, tuple[Check, ...]]:
     """Measure a decoder artifact and hold it against the thresholds.
 
-    Given   the source model, the checkpoint that the artifact was written from, the artifact open in its runtime,
-            what that runtime does to activations
+    Given   the models that it was made from, the artifact open in its runtime, what that runtime does to activations
     """
-    models = Models.of(source, quantized, rounding)
+    lowered = references.lowered_model(rounding)
     bos = tokenizer.bos_id if tokenizer.adds_bos else None
     length = min(WINDOW, session.context)
     windows = token_windows(documents, tokenizer.encode, length, bos, TOKENS)
     sums = _Sums()
-    vocabulary = int(source.config.get_text_config().vocab_size)
-    for batch in _batches(windows, vocabulary):
+    vocabulary = int(references.source.config.get_text_config().vocab_size)
+    for number, batch in enumerate(_batches(windows, vocabulary)):
         advance(0, "the source model reads")
-        originals, quantizeds, lowereds = (
-            _read(model, batch) for model in (models.source, models.quantized, models.lowered)
-        )
+        originals = references.kept(f"source-{number}", partial(_read, references.source_model, batch))
+        quantizeds = references.kept(f"quantized-{number}", partial(_read, references.quantized_model, batch))
+        lowereds = _read(lowered, batch)
         for index, window in enumerate(batch):
             rows = slice(0, len(window))
             _score(
@@ -107,7 +89,7 @@ def judge_decoder(
                 tokenizer,
             )
             advance(len(window), "the artifact reads")
-    greedy = judge_greedy(models.source, session, tokenizer, windows, advance)
+    greedy = judge_greedy(references.source_model, session, tokenizer, windows, advance)
     quality = _quality(sums, greedy)
     details = {
         "kl_mean": sums.worst,

@@ -1,0 +1,51 @@
+"""The torch models that artifacts are compared with.
+
+What they say of a text is the same for every format, so where there are several it is kept on disk: reading held-out
+text is the longest part of a verification.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slm_export.checkpoint import Checkpoint
+from slm_export.dialect import Rounding
+from slm_export.model import build_reference
+
+
+class References:
+    """The source model, and the quantized one with and without a runtime's rounding of activations."""
+
+    def __init__(self, source: Checkpoint, quantized: Checkpoint, folder: Path | None = None) -> None:
+        """``folder``: where outputs are kept for the next artifact; None: nowhere."""
+        self.source, self.quantized = source, quantized
+        self._folder = folder
+
+    @functools.cached_property
+    def source_model(self) -> nn.Module:
+        """The model as it came; weights are read as they are used."""
+        return build_reference(self.source)
+
+    @functools.cached_property
+    def quantized_model(self) -> nn.Module:
+        """The weights of the artifacts, activations in float32."""
+        return build_reference(self.quantized)
+
+    def lowered_model(self, rounding: Rounding) -> nn.Module:
+        """Return the weights of an artifact with its runtime's rounding of activations."""
+        return build_reference(self.quantized, rounding)
+
+    def kept(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Return a float32 tensor by its name, computed once."""
+        if self._folder is None:
+            return compute()
+        file = self._folder / f"{name}.npy"
+        if not file.exists():
+            np.save(file, compute().numpy())
+        return torch.from_numpy(np.load(file, mmap_mode="c"))
