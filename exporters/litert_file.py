@@ -52,6 +52,19 @@ class _Stored:
     content: Callable[[], bytes]
 
 
+class _PackedOnce:
+    """A table that all functions refer to: 12 bytes per row of every matrix would count in each."""
+
+    def __init__(self, table: Any) -> None:
+        self._table, self._builder, self._offset = table, None, 0
+
+    def Pack(self, builder: Any) -> int:
+        """Return where the table is in ``builder``."""
+        if self._builder is not builder:
+            self._builder, self._offset = builder, self._table.Pack(builder)
+        return self._offset
+
+
 class Placer:
     """Puts the weights of a checkpoint into the functions of a flatbuffer; one use for one file."""
 
@@ -59,6 +72,7 @@ class Placer:
         self._schema = importlib.import_module("ai_edge_litert.schema_py_generated")
         self._model, self._checkpoint, self._vectors = model, checkpoint, vectors
         self._stored: dict[str, _Stored] = {}
+        self._rows_scales: dict[str, _PackedOnce] = {}
 
     def place(self, functions: list[Function]) -> None:
         """Make constants of the weights of some functions, and signatures of what is left of their inputs."""
@@ -123,7 +137,7 @@ class Placer:
         if weight.bits == 8:
             made.scale = weight.scales.squeeze(1).numpy()
             made.zeroPoint = np.zeros(weight.shape[0], dtype=np.int64)
-            return made
+            return self._rows_scales.setdefault(name, _PackedOnce(made))
         groups = weight.count // weight.group
         scales = self._schema.TensorT()
         scales.name, scales.type = f"{name}_scales".encode(), self._schema.TensorType.FLOAT16
