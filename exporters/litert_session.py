@@ -92,11 +92,11 @@ class _Decoder:
         }
 
     def close(self) -> None:
-        """Let go of the file and of its memory."""
+        """Let go of the file and of its memory; the runtime says good-bye in the log, so it is done here."""
         self._caches.clear()
         self._inputs.clear()
-        del self._logits
         self._model.close()
+        del self._logits, self._model
 
     def _prefill(self, tokens: Sequence[int], start: int) -> int:
         """Feed some tokens by the function that fits them best; return how many."""
@@ -170,3 +170,4 @@ class _Encoder:
     def close(self) -> None:
         """Let go of the file and of its memory."""
         self._model.close()
+        del self._model

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -230,4 +231,8 @@ def _leave(code: int) -> NoReturn:
     # The outcome is decided; a late Ctrl-C must not make another of it.
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    with suppress(OSError, ValueError):
+        # Nothing of ours follows; native libraries log that they are taken down.
+        sys.stderr.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     sys.exit(code)

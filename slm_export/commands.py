@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,22 +87,29 @@ def run_command(
         if keras_bundle.is_one(folder):
             _print_answer(keras_bundle.run(folder, prompt, format), as_json)
             return
-        opened = open_bundle(folder, format)
-        if opened.manifest.model.task != GENERATION:
-            _print_answer(opened.answer(prompt), as_json)
-            return
-        pieces = opened.text(
-            prompt, max_tokens, Sampling(temperature, top_p, seed), chat=not no_chat_template
-        )
-        if as_json:
-            _print_json({"prompt": prompt, "text": "".join(pieces)})
-        elif no_stream:
-            print("".join(pieces))
-        else:
-            for piece in pieces:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-            print()
+        with closing(open_bundle(folder, format)) as opened:
+            if opened.manifest.model.task != GENERATION:
+                _print_answer(opened.answer(prompt), as_json)
+                return
+            sampling = Sampling(temperature, top_p, seed)
+            _print_text(
+                prompt,
+                opened.text(prompt, max_tokens, sampling, chat=not no_chat_template),
+                as_json,
+                no_stream,
+            )
+
+
+def _print_text(prompt: str, pieces: Iterator[str], as_json: bool, no_stream: bool) -> None:
+    if as_json:
+        _print_json({"prompt": prompt, "text": "".join(pieces)})
+    elif no_stream:
+        print("".join(pieces))
+    else:
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        print()
 
 
 def _print_answer(answered: dict[str, Any], as_json: bool) -> None:

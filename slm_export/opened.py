@@ -126,6 +126,10 @@ class OpenBundle:
     session: Session
     tokenizer: SourceTokenizer
 
+    def close(self) -> None:
+        """Let go of the artifact."""
+        self.session.close()
+
     def text(self, prompt: str, max_tokens: int, sampling: Sampling, *, chat: bool = True) -> Iterator[str]:
         """Yield the answer to a prompt, piece by piece; the chat template is applied where there is one."""
         assert isinstance(self.session, DecoderSession)
