@@ -69,6 +69,8 @@ class ArtifactEntry(_Entry):
     sha256: Sha256
     bits_per_weight: float | None
     signatures: tuple[SignatureEntry, ...] = ()
+    data: tuple[PortablePath, ...] = ()
+    """Files that belong to it, counted in ``bytes``; ``sha256`` is of ``path`` alone."""
 
 
 class Manifest(_Entry):
@@ -161,6 +163,7 @@ def _artifact_entry(result: FormatResult) -> ArtifactEntry:
         sha256=artifact.sha256,
         bits_per_weight=artifact.bits_per_weight,
         signatures=tuple(SignatureEntry(**dataclasses.asdict(item)) for item in artifact.signatures),
+        data=tuple(path.as_posix() for path in artifact.data),
     )
 
 
@@ -259,15 +262,17 @@ def _refuse_links(folder: Path, path: str) -> None:
 
 
 def entries_of(artifact: ArtifactEntry, files: Sequence[FileEntry]) -> list[FileEntry]:
-    """Return the listed files that an artifact consists of: itself, or those of its folder."""
+    """Return the listed files that an artifact consists of: itself and its data, or those of its folder."""
     below = artifact.path + "/"
-    return [entry for entry in files if entry.path == artifact.path or entry.path.startswith(below)]
+    own = (artifact.path, *artifact.data)
+    return [entry for entry in files if entry.path in own or entry.path.startswith(below)]
 
 
 def total_of(artifact: ArtifactEntry, entries: Sequence[FileEntry]) -> tuple[int, str]:
     """Return bytes and hash of an artifact as its listed files give them."""
-    if [entry.path for entry in entries] == [artifact.path]:
-        return entries[0].bytes, entries[0].sha256
+    alone = {entry.path: entry for entry in entries}.get(artifact.path)
+    if alone is not None:
+        return sum(entry.bytes for entry in entries), alone.sha256
     start = len(artifact.path) + 1
     inside = [entry.model_copy(update={"path": entry.path[start:]}) for entry in entries]
     return sum(entry.bytes for entry in entries), sha256_entries(inside)

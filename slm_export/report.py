@@ -24,13 +24,16 @@ SCHEMA = 1
 def bundled(report: Report, folder: Path) -> Report:
     """Return the report with artifact paths relative to ``folder``, as they stay true after a move."""
 
-    def relative(result: FormatResult) -> FormatResult:
-        path = result.artifact.path
-        if not path.is_absolute():
-            return result
+    def inside(path: Path) -> Path:
         # Both sides resolved: a temporary folder is often behind a link.
-        inside = path.resolve().relative_to(folder.resolve())
-        return dataclasses.replace(result, artifact=dataclasses.replace(result.artifact, path=inside))
+        return path.resolve().relative_to(folder.resolve()) if path.is_absolute() else path
+
+    def relative(result: FormatResult) -> FormatResult:
+        artifact = result.artifact
+        made = dataclasses.replace(
+            artifact, path=inside(artifact.path), data=tuple(inside(path) for path in artifact.data)
+        )
+        return dataclasses.replace(result, artifact=made)
 
     return dataclasses.replace(report, formats=tuple(relative(result) for result in report.formats))
 

@@ -28,6 +28,8 @@ class Artifact:
     sha256: str
     bits_per_weight: float | None
     signatures: tuple[Signature, ...] = ()
+    data: tuple[Path, ...] = ()
+    """Files beside ``path`` that belong to it, counted in ``bytes``; ``sha256`` is of ``path`` alone."""
 
 
 @dataclass(frozen=True)

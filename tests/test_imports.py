@@ -12,7 +12,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("exporters", "optimizers", "targets")
-HEAVY = ("executorch", "coremltools", "litert_torch", "onnx", "onnxruntime", "tensorflow", "torchao")
+HEAVY = (
+    "ai_edge_litert",
+    "coremltools",
+    "executorch",
+    "keras",
+    "litert_lm",
+    "litert_lm_builder",
+    "litert_torch",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "onnxruntime_genai",
+    "onnxscript",
+    "tensorflow",
+    "torchao",
+)
 # The words that everything else speaks; they know nothing of passes, formats and targets.
 CORE = (
     "weights",

@@ -1,0 +1,143 @@
+"""ONNX for ONNX Runtime: ``model.onnx``, for Android, iOS, Linux and Windows alike.
+
+Given   a checkpoint on the integer grid, or in 16 or 32 bits
+Result  a decoder takes input_ids, attention_mask and the keys and values of what came before, and returns the logits
+        of the last token and all keys and values; with the configuration and the tokenizer beside it,
+        onnxruntime-genai runs its folder as it is. An encoder takes ids and mask and returns an embedding or scores.
+        Weights of more than 1.9 GB lie in ``model.onnx.data``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from slm_export.checkpoint import Checkpoint
+from slm_export.checksums import sha256_file
+from slm_export.errors import InputError, MissingComponentError
+from slm_export.exporters.onnx_genai import GenaiTokenizer, generate, write_config
+from slm_export.exporters.onnx_session import open_session
+from slm_export.results import Artifact, Signature
+from slm_export.runtime import ExportOptions, Session
+from slm_export.runtime_tokenizers import RuntimeTokenizer
+from slm_export.tasks import ENDINGS, GENERATION
+from slm_export.tokenizer import TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slm_export.weights import Quantized, Weight
+
+
+class OnnxExporter:
+    """Writes and opens ``.onnx`` files."""
+
+    name: ClassVar[str] = "onnx"
+    packages: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-genai")
+
+    def __init__(self) -> None:
+        self._threads = 0  # as many as there are cores
+
+    def file(self, task: str) -> str:
+        """Return where the model is in a bundle."""
+        return "onnx/model.onnx"
+
+    def ready(self) -> None:
+        """Raise MissingComponentError unless the packages that write and run ONNX can be imported."""
+        with _needed():
+            for package in ("onnx", "onnx_ir", "onnxscript", "onnxruntime", "onnxruntime_genai"):
+                importlib.import_module(package)
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise InputError where this checkpoint cannot be written."""
+        if checkpoint.task not in ENDINGS.values():
+            raise InputError(f"{checkpoint.name}: task {checkpoint.task} cannot be exported to onnx")
+        if checkpoint.task == GENERATION:
+            from slm_export.exporters.onnx_models import check_decoder
+
+            check_decoder(checkpoint)
+
+    def write(self, checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Artifact:
+        """Trace the model and write it; for a decoder onnxruntime-genai's configuration too."""
+        from slm_export.exporters.onnx_file import data_file
+        from slm_export.exporters.onnx_models import write_decoder, write_encoder
+
+        write = write_decoder if checkpoint.task == GENERATION else write_encoder
+        size, layers, inputs, outputs = write(checkpoint, options, path)
+        if checkpoint.task == GENERATION:
+            write_config(checkpoint, options, layers, path)
+        return Artifact(
+            path=path,
+            format=self.name,
+            bytes=size,
+            sha256=sha256_file(path),
+            bits_per_weight=8 * size / checkpoint.parameters,
+            signatures=(Signature("main", inputs, outputs),),
+            data=tuple(file for file in (data_file(path),) if file.exists()),
+        )
+
+    def open(self, path: Path, task: str) -> Session:
+        """Open a model in plain ONNX Runtime."""
+        with _needed():
+            importlib.import_module("onnxruntime")
+        return open_session(path, task, self._threads)
+
+    def stored(self, path: Path) -> Mapping[str, Quantized]:
+        """Return every quantized matrix of the file."""
+        from slm_export.exporters.onnx_file import read_stored
+
+        with _needed():
+            importlib.import_module("onnx")
+        return read_stored(path)
+
+    def delegation(self, path: Path) -> None:
+        """Nothing is handed over: ONNX Runtime's own kernels run the whole graph."""
+
+    def rounding(self, x: Tensor, weight: Weight) -> Tensor:
+        """Return activations as ONNX Runtime's kernels round them."""
+        from slm_export.exporters.onnx_dialect import onnxruntime_rounding
+
+        return onnxruntime_rounding(x, weight)
+
+    def runner_tokenizer(self, bundle: Path) -> str:
+        """Copy the tokenizer's files beside the model, where onnxruntime-genai looks for them."""
+        folder = bundle / "onnx"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in TOKENIZER_FILES:
+            if (bundle / "tokenizer" / name).is_file():
+                shutil.copyfile(bundle / "tokenizer" / name, folder / name)
+        return "onnx/tokenizer.json"
+
+    def open_tokenizer(self, path: Path, tokenizer: Path, task: str) -> RuntimeTokenizer | None:
+        """Open onnxruntime-genai's tokenizer; an encoder has no runner with one."""
+        if task != GENERATION:
+            return None
+        with _needed():
+            importlib.import_module("onnxruntime_genai")
+        return GenaiTokenizer(path.parent)
+
+    def set_threads(self, count: int) -> None:
+        """Let sessions that are opened from now on use ``count`` threads."""
+        self._threads = count
+
+    def generate(self, path: Path, tokenizer: Path, prompt: str, tokens: int, bos: int) -> str:
+        """Return greedy text of onnxruntime-genai, from the folder as it is."""
+        with _needed():
+            importlib.import_module("onnxruntime_genai")
+        return generate(path.parent, prompt, tokens, bos)
+
+
+@contextmanager
+def _needed() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").split(".")[0] == "slm_export":
+            raise  # a mistake of ours is not a missing package
+        raise MissingComponentError(
+            f"the onnx format needs a package that cannot be imported ({error}); pip install 'slm-export[onnx]'"
+        ) from error

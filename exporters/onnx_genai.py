@@ -1,0 +1,145 @@
+"""onnxruntime-genai: the configuration that its runner reads, its tokenizer, its generation loop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slm_export.checkpoint import Checkpoint
+from slm_export.dialect import AttentionShape
+from slm_export.runtime import ExportOptions
+from slm_export.runtime_tokenizers import TokenizerLoadError
+
+CONFIG = "genai_config.json"
+_SAMPLER = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+"""What generation_config.json may say, in words that are the same there."""
+
+
+def write_config(
+    checkpoint: Checkpoint, options: ExportOptions, layers: Sequence[AttentionShape], path: Path
+) -> None:
+    """Write genai_config.json beside the model at ``path``."""
+    config = checkpoint.config.get_text_config()
+    names = {part: f"past_key_values.%d.{part}" for part in ("key", "value")}
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": path.name,
+        "head_size": layers[0].head_dim,
+        "hidden_size": config.hidden_size,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "past_key_names": names["key"],
+            "past_value_names": names["value"],
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": len(layers),
+        "num_key_value_heads": layers[0].kv_heads,
+    }
+    stops = list(options.stop_ids)
+    model: dict[str, Any] = {
+        # Not by its family: some names there stand for graphs of other inputs.
+        "type": "decoder",
+        "context_length": options.context,
+        "vocab_size": config.vocab_size,
+        "pad_token_id": options.pad_id,
+        "eos_token_id": stops[0] if len(stops) == 1 else stops,
+        "decoder": decoder,
+    }
+    if options.bos_id is not None:
+        model["bos_token_id"] = options.bos_id
+    made = {"model": model, "search": _search(checkpoint.folder, options.context)}
+    path.with_name(CONFIG).write_text(json.dumps(made, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def stop_ids(path: Path) -> tuple[int, ...]:
+    """Return where generation ends, as genai_config.json beside a model says; none without that file."""
+    file = path.with_name(CONFIG)
+    if not file.is_file():
+        return ()
+    named = json.loads(file.read_text(encoding="utf-8"))["model"]["eos_token_id"]
+    return tuple(named) if isinstance(named, list) else (named,)
+
+
+class GenaiTokenizer:
+    """The tokenizer of onnxruntime-genai, from the folder of a model."""
+
+    name = "onnxruntime-genai"
+
+    def __init__(self, folder: Path) -> None:
+        """Open the tokenizer, or raise ``TokenizerLoadError`` with the runtime's own words."""
+        import onnxruntime_genai
+
+        try:
+            self._made: Any = onnxruntime_genai.Tokenizer(str(folder))
+            self._made.update_options(add_special_tokens="false")
+        except Exception as error:  # the binding raises plain Exception and RuntimeError alike
+            raise TokenizerLoadError(
+                f"{folder}: onnxruntime-genai cannot load the tokenizer: {error}"
+            ) from error
+        model = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model"]
+        self._vocabulary = int(model["vocab_size"])
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids the model knows; the runtime does not say how many its tokenizer does."""
+        return self._vocabulary
+
+    @property
+    def bos_id(self) -> int | None:
+        """The opening token that genai_config.json names."""
+        return int(self._made.bos_token_id)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The stop tokens that genai_config.json names."""
+        return tuple(int(token) for token in self._made.eos_token_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, nothing added before or after it."""
+        try:
+            return [int(token) for token in self._made.encode(text)]
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return what an app shows: the pieces of the runtime's stream, joined."""
+        stream = self._made.create_stream()
+        try:
+            return "".join(stream.decode(int(token)) for token in ids)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+
+
+def generate(folder: Path, prompt: str, tokens: int, bos: int) -> str:
+    """Return ``tokens`` greedy tokens as text; ``bos``: how many opening tokens come before the prompt."""
+    import onnxruntime_genai as genai
+
+    model = genai.Model(str(folder))
+    tokenizer = genai.Tokenizer(model)
+    tokenizer.update_options(add_special_tokens="false")
+    ids = [int(tokenizer.bos_token_id)] * bos + [int(token) for token in tokenizer.encode(prompt)]
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(do_sample=False, max_length=len(ids) + tokens)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(ids)
+    stream, parts = tokenizer.create_stream(), []
+    while not generator.is_done():
+        generator.generate_next_token()
+        parts.append(stream.decode(generator.get_next_tokens()[0]))
+    return "".join(parts)
+
+
+def _search(folder: Path, context: int) -> dict[str, Any]:
+    """Return the defaults of sampling, and one buffer for past and present."""
+    file = folder / "generation_config.json"
+    named = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    search: dict[str, Any] = {"do_sample": False, "max_length": context, "past_present_share_buffer": True}
+    return {**search, **{key: named[key] for key in _SAMPLER if named.get(key) is not None}}

@@ -1,0 +1,115 @@
+"""A ``.onnx`` open in plain ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slm_export.errors import InputError
+from slm_export.exporters.onnx_genai import stop_ids
+from slm_export.runtime import Session
+from slm_export.tasks import GENERATION
+
+_PREFILL = 512
+"""Tokens of a prompt that are read at once: a bound on memory."""
+_TASK, _CONTEXT, _LEAST = "slm_export.task", "slm_export.context", "slm_export.least"
+
+
+def open_session(path: Path, task: str, threads: int = 0) -> Session:
+    """Open a model; InputError where it is not one, or not one of ours. ``threads``: 0 for one per core."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # what it throws says enough
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the binding has a class for every status, and no common one
+        raise InputError(f"{path}: ONNX Runtime cannot load it: {error}; export the model again") from error
+    metadata = dict(session.get_modelmeta().custom_metadata_map)
+    if metadata.get(_TASK) != task:
+        raise InputError(f"{path}: holds {metadata.get(_TASK, 'no model of ours')}, not {task}")
+    if task == GENERATION:
+        return _Decoder(session, metadata, stop_ids(path))
+    return _Encoder(session, metadata)
+
+
+class _Model:
+    def __init__(self, session: Any, metadata: Mapping[str, str]) -> None:
+        self._session = session
+        self._metadata = metadata
+        self.context = int(metadata[_CONTEXT])
+
+    def metadata(self) -> Mapping[str, Any]:
+        """Return what the file says of itself, and its inputs and outputs."""
+        ends = {
+            kind: {value.name: [value.type, *value.shape] for value in values}
+            for kind, values in (
+                ("inputs", self._session.get_inputs()),
+                ("outputs", self._session.get_outputs()),
+            )
+        }
+        return {**self._metadata, **ends}
+
+    def close(self) -> None:
+        """Let go of the model."""
+        del self._session
+
+
+class _Decoder(_Model):
+    def __init__(self, session: Any, metadata: Mapping[str, str], stops: tuple[int, ...]) -> None:
+        super().__init__(session, metadata)
+        self.prefill_chunk = min(_PREFILL, self.context)
+        self.stop_ids = stops
+        self._mask = np.ones((1, self.context), dtype=np.int64)
+        self._logits = np.empty(session.get_outputs()[0].shape, dtype=np.float32)
+        self._binding = session.io_binding()
+        self._caches = self._bind_caches(session)
+        self._bind("logits", self._logits, out=True)
+
+    def logits(self, tokens: Sequence[int], start: int) -> Tensor:
+        """Feed tokens at position ``start``; return float32 (vocabulary,) after the last of them."""
+        if not tokens or start + len(tokens) > self.context:
+            raise ValueError(f"{len(tokens)} tokens at {start} do not fit a context of {self.context}")
+        for at in range(0, len(tokens), self.prefill_chunk):
+            part = np.array([tokens[at : at + self.prefill_chunk]], dtype=np.int64)
+            self._bind("input_ids", part)
+            self._bind("attention_mask", self._mask[:, : start + at + part.shape[1]])
+            self._session.run_with_iobinding(self._binding)
+        return torch.from_numpy(self._logits.reshape(-1).copy())
+
+    def close(self) -> None:
+        """Let go of the model and of its caches."""
+        super().close()
+        del self._binding, self._caches
+
+    def _bind_caches(self, session: Any) -> list[np.ndarray[Any, Any]]:
+        """Give every layer one buffer that is past and present at once; its pages are taken as they are filled."""
+        caches = []
+        for value in session.get_inputs()[2:]:
+            cache = np.zeros((1, value.shape[1], self.context, value.shape[3]), dtype=np.float32)
+            self._bind(value.name, cache)
+            self._bind(value.name.replace("past_key_values", "present"), cache, out=True)
+            caches.append(cache)
+        return caches
+
+    def _bind(self, name: str, array: np.ndarray[Any, Any], out: bool = False) -> None:
+        bind = self._binding.bind_output if out else self._binding.bind_input
+        bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+class _Encoder(_Model):
+    def outputs(self, tokens: Sequence[int], mask: Sequence[int], types: Sequence[int] = ()) -> Tensor:
+        """Return float32: an embedding (width,), or scores of the shape of the task, without batch."""
+        if not tokens or len(tokens) > self.context:
+            raise ValueError(f"{len(tokens)} tokens do not fit a longest input of {self.context}")
+        missing = [0] * max(0, int(self._metadata[_LEAST]) - len(tokens))
+        given = {"input_ids": tokens, "attention_mask": mask, "token_type_ids": types or [0] * len(tokens)}
+        wanted = [value.name for value in self._session.get_inputs()]
+        inputs = {name: np.array([[*given[name], *missing]], dtype=np.int64) for name in wanted}
+        return torch.from_numpy(self._session.run(None, inputs)[0][0])
