@@ -192,6 +192,7 @@ class Placer:
             if len(vectors) == 1 and list(graph.tensors[vectors[0]].shape) == [self._rows(graph, op)]:
                 bias = vectors[0]
                 op.outputs = add.outputs
+                op.builtinOptions.fusedActivationFunction = add.builtinOptions.fusedActivationFunction
                 dropped.add(id(add))
         op.inputs = np.array([*op.inputs, bias], dtype=np.int32)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,15 +129,39 @@ class Inputs:
 
 def convert(signatures: Sequence[Signature], inputs: Inputs) -> Graph:
     """Return the flatbuffer of some functions of one module."""
-    converter = importlib.import_module("litert_torch._convert.interface").Converter()
-    for signature in signatures:
-        kwargs = {**signature.example, WEIGHTS: inputs.example()}
-        converter.add_signature(signature.name, signature.module.eval(), sample_kwargs=kwargs)
+    core = importlib.import_module("litert_torch._convert.core")
+    functions = importlib.import_module("litert_torch._convert.signature")
+    flatbuffers = importlib.import_module("litert_torch._convert.litert_converter")
+    made = [
+        functions.Signature(
+            signature.name, signature.module.eval(), (), {**signature.example, WEIGHTS: inputs.example()}
+        )
+        for signature in signatures
+    ]
     with _quiet():
-        content = converter.convert().model_content()
+        # The stages of `litert_torch.convert`, with one between them.
+        programs = [without_assertions(core.export_torch_signature(function)) for function in made]
+        programs = [core._run_convert_passes(program) for program in programs]
+        content = flatbuffers.exported_programs_to_flatbuffer(programs, made).to_bytes()
     schema = importlib.import_module("ai_edge_litert.schema_py_generated")
     model = schema.ModelT.InitFromPackedBuf(content, 0)
     return Graph(model, inputs.names, inputs.vectors)
+
+
+def without_assertions(program: Any) -> Any:
+    """Return a program without what a model (FlauBERT) asserts of its inputs' values: no file can keep that."""
+    graph = program.graph_module.graph
+    for node in reversed(graph.nodes):
+        name = getattr(node.target, "__name__", str(node.target))
+        reads = any(part in name for part in ("_assert_scalar", "sym_constrain", "_local_scalar_dense"))
+        if (
+            node.op == "call_function"
+            and not node.users
+            and (reads or isinstance(node.meta.get("val"), torch.SymBool))
+        ):
+            graph.erase_node(node)
+    program.graph_module.recompile()
+    return program
 
 
 def decoder_example(dialect: LiteRTDialect, tokens: int) -> dict[str, Any]:
@@ -162,7 +186,7 @@ def load_operators() -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the converter's progress off stdout, and its advice about 64-bit inputs off the log."""
-    logging.getLogger().setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):
+    """Keep the converter's progress off stdout, and its advice to itself off stderr."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield

@@ -37,7 +37,13 @@ class OnnxExporter:
     """Writes and opens ``.onnx`` files."""
 
     name: ClassVar[str] = "onnx"
-    packages: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-genai")
+    packages: ClassVar[tuple[str, ...]] = (
+        "onnx",
+        "onnx-ir",
+        "onnxscript",
+        "onnxruntime",
+        "onnxruntime-genai",
+    )
 
     def __init__(self) -> None:
         self._threads = 0  # as many as there are cores

@@ -1,4 +1,4 @@
-"""Linux boards: the program and its tokenizer, as ExecuTorch's C++ runners open them.
+"""Linux boards: the artifact and its tokenizer, as LiteRT-LM, onnxruntime-genai or ExecuTorch's C++ runners open them.
 
 Speed is measured on this machine, and the report says so.
 """

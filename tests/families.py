@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -86,6 +87,24 @@ ROUNDING = 0.03
 
 WHOLE = GroupQuantize(bits=32, embedding_bits=32)
 INT8 = GroupQuantize(bits=8, embedding_bits=8)
+
+QUICK = (
+    "llama-3.2",
+    "gemma-2",
+    "phi-4-mini",
+    "gpt-2",
+    "smollm-3",
+    "bert, masks",
+    "distilbert, answers",
+    "mobilebert",
+)
+"""Families that every run of the tests takes; the others are marked slow."""
+
+
+def chosen(names: Iterable[str]) -> list[Any]:
+    """Return the names as parameters of a test."""
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
+
 
 Family = tuple[str, str, Mapping[str, Any]]
 """Class, configuration class, and what the configuration says."""

@@ -38,7 +38,7 @@ def made(family: families.Family, folder: Path) -> Model:
     return Model(folder, families.eager(family, folder), load_checkpoint(folder))
 
 
-@pytest.fixture(scope="module", params=families.DECODERS)
+@pytest.fixture(scope="module", params=families.chosen(families.DECODERS))
 def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return made(families.DECODERS[request.param], tmp_path_factory.mktemp("family"))
 
