@@ -1,36 +1,36 @@
-"""What converting costs, in seconds and memory, by size of the model and beside ExecuTorch's own exporter.
+"""What converting costs, in seconds and memory, by size of the model, by format, and beside the peer of each format.
 
     python benchmarks/conversion.py llama-3.2-1b --peer
+    python benchmarks/conversion.py llama-3.2-1b --format litert --format onnx --peer --peer-python VENV/bin/python
+    python benchmarks/conversion.py llama-3.2-1b --format executorch --format litert --format onnx --together
     python benchmarks/conversion.py smollm2-135m smollm2-360m llama-3.2-1b llama-3.2-3b mistral-7b --plot out.png
     python benchmarks/conversion.py mistral-7b phi-4-mini --memory 16
 
 Random weights in the real geometry; int4 in groups of 32, embedding in int4 too, context 2048. Time is that of the
 whole command, start-up and quantization included, verification left out. Memory is the peak resident set, mapped
-files included. --memory sets RLIMIT_DATA, so that an export that needs more fails.
+files included. --memory sets RLIMIT_DATA, so that an export that needs more fails. The peers are ExecuTorch's
+export_llm, litert-torch's export_hf (which needs TensorFlow) and onnxruntime-genai's model builder.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from geometries import GEOMETRIES, make
+from peers import CONTEXT, PEERS, Command
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
 
-CONTEXT = 2048
+FILES = {"executorch": "model.pte", "litert": "model.litertlm", "onnx": "model.onnx"}
 _RECIPE = ("--bits", "4", "--group-size", "32", "--embedding-bits", "4")
 
 
@@ -49,7 +49,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("geometries", nargs="+", choices=GEOMETRIES)
-    parser.add_argument("--peer", action="store_true", help="beside ExecuTorch's export_llm (Llama only)")
+    parser.add_argument("--format", dest="formats", action="append", choices=FILES, help="[executorch]")
+    parser.add_argument("--together", action="store_true", help="all formats in one command too")
+    parser.add_argument("--peer", action="store_true", help="beside the peer of each format (Llama only)")
+    parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has the peers")
     parser.add_argument("--memory", type=float, help="GiB that our export may take")
     parser.add_argument("--work", type=Path, help="keep models and artifacts here")
     parser.add_argument("--plot", type=Path, help="draw time and memory by size")
@@ -59,61 +62,40 @@ def main() -> None:
         rows = [row for name in arguments.geometries for row in _rows(name, work, arguments)]
     _print(rows)
     if arguments.plot:
-        _plot([(source, cost) for _, tool, source, cost in rows if tool == "slm-export"], arguments.plot)
+        _plot(
+            [(source, cost) for _, tool, source, cost in rows if tool == "slm-export executorch"],
+            arguments.plot,
+        )
 
 
 def _rows(name: str, work: Path, arguments: argparse.Namespace) -> list[tuple[str, str, int, Cost]]:
     work = work.resolve()
     folder = make(name, work / name)
     source = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    rows = [(name, "slm-export", source, ours(folder, work / f"{name}-android", arguments.memory))]
-    if arguments.peer:
-        rows.append((name, "export_llm", source, peer(name, folder, work / f"{name}-export_llm.pte")))
+    formats = arguments.formats or ["executorch"]
+    rows = []
+    for format in formats:
+        out = work / f"{name}-{format}"
+        rows.append((name, f"slm-export {format}", source, ours(folder, out, [format], arguments.memory)))
+        if arguments.peer:
+            tool, prepare = PEERS[format]
+            with prepare(name, folder, work, arguments.peer_python) as command:
+                rows.append((name, tool, source, _measured(command)))
+    if arguments.together:
+        cost = ours(folder, work / f"{name}-together", formats, arguments.memory)
+        rows.append((name, f"slm-export {' '.join(formats)}", source, cost))
     return rows
 
 
-def ours(folder: Path, out: Path, memory: float | None = None) -> Cost:
+def ours(folder: Path, out: Path, formats: Sequence[str], memory: float | None = None) -> Cost:
     """Convert with slm-export."""
     command = [sys.executable, "-m", "slm_export", str(folder), "--target", "android", *_RECIPE]
+    command += [part for format in formats for part in ("--format", format)]
     command += ["--context", str(CONTEXT), "--no-verify", "--no-bench", "--force", "--out", str(out)]
-    return _measured(command, lambda: out / "executorch" / "model.pte", memory)
+    return _measured(Command(command, [out / format / FILES[format] for format in formats]), memory)
 
 
-def peer(name: str, folder: Path, out: Path) -> Cost:
-    """Convert with ExecuTorch's export_llm, the same geometry and recipe."""
-    checkpoint = out.with_suffix(".pth")
-    torch.save(_meta_names(folder), checkpoint)
-    parameters = out.with_suffix(".json")
-    parameters.write_text(json.dumps(_meta_parameters(name)))
-    module = "executorch.extension.llm.export.export_llm"
-    options = {
-        "base.model_class": "llama3_2",
-        "base.checkpoint": checkpoint,
-        "base.params": parameters,
-        "base.metadata": '\'{"get_bos_id":0, "get_eos_ids":[1]}\'',
-        "model.use_kv_cache": True,
-        "model.use_sdpa_with_kv_cache": True,
-        "model.dtype_override": "fp32",
-        "quantization.qmode": "8da4w",
-        "quantization.group_size": 32,
-        "quantization.embedding_quantize": "'4,32'",
-        "backend.xnnpack.enabled": True,
-        "backend.xnnpack.extended_ops": True,
-        "export.max_seq_length": CONTEXT,
-        "export.max_context_length": CONTEXT,
-        "export.output_name": out.name,
-    }
-    try:
-        command = [sys.executable, "-m", module, *(f"{key}={value}" for key, value in options.items())]
-        # It writes into the current folder, whatever output_dir says.
-        return _measured(command, lambda: out, cwd=out.parent)
-    finally:
-        checkpoint.unlink()
-
-
-def _measured(
-    command: Sequence[str], made: Callable[[], Path], memory: float | None = None, cwd: Path | None = None
-) -> Cost:
+def _measured(command: Command, memory: float | None = None) -> Cost:
     def limit() -> None:
         if memory:
             size = int(memory * 2**30)
@@ -121,58 +103,21 @@ def _measured(
 
     began = time.monotonic()
     with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=limit, cwd=cwd)
+        child = subprocess.Popen(
+            command.arguments, stdout=log, stderr=log, preexec_fn=limit, cwd=command.folder
+        )
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.monotonic() - began
         if child.returncode:
             log.seek(0)
-            sys.exit(f"{' '.join(command)}\n{log.read()[-3000:].decode(errors='replace')}")
-    return Cost(seconds, usage.ru_maxrss / 1024, made().stat().st_size)
+            sys.exit(f"{' '.join(command.arguments)}\n{log.read()[-3000:].decode(errors='replace')}")
+    return Cost(seconds, usage.ru_maxrss / 1024, sum(size_of(path) for path in command.made))
 
 
-def _meta_names(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the weights under the names of the original Llama release, which export_llm reads."""
-    names = {
-        "input_layernorm": "attention_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "self_attn.q_proj": "attention.wq",
-        "self_attn.k_proj": "attention.wk",
-        "self_attn.v_proj": "attention.wv",
-        "self_attn.o_proj": "attention.wo",
-        "mlp.gate_proj": "feed_forward.w1",
-        "mlp.down_proj": "feed_forward.w2",
-        "mlp.up_proj": "feed_forward.w3",
-        "embed_tokens": "tok_embeddings",
-    }
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - not a mapping
-                name = key.removeprefix("model.")
-                for ours, theirs in names.items():
-                    name = name.replace(ours, theirs)
-                # Rows of wq and wk are in another order there; of random weights any order is as good.
-                found[name] = tensors.get_tensor(key)
-    found["output.weight"] = found["tok_embeddings.weight"]
-    return found
-
-
-def _meta_parameters(name: str) -> dict[str, Any]:
-    cls, options = GEOMETRIES[name]
-    if cls != "LlamaForCausalLM":
-        raise SystemExit(f"{name}: export_llm is compared for the Llama geometries only")
-    return {
-        "dim": options["hidden_size"],
-        "hidden_dim": options["intermediate_size"],
-        "n_layers": options["num_hidden_layers"],
-        "n_heads": options["num_attention_heads"],
-        "n_kv_heads": options["num_key_value_heads"],
-        "vocab_size": options["vocab_size"],
-        "norm_eps": options.get("rms_norm_eps", 1e-6),
-        "rope_theta": options.get("rope_parameters", {}).get("rope_theta", 10000.0),
-        "use_scaled_rope": "rope_parameters" in options,
-    }
+def size_of(path: Path) -> int:
+    """Return the bytes of an artifact, data beside it included."""
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
 
 
 def _print(rows: Sequence[tuple[str, str, int, Cost]]) -> None:
@@ -188,12 +133,21 @@ def _print(rows: Sequence[tuple[str, str, int, Cost]]) -> None:
     console = Console(width=110)
     console.print(table)
     costs = {(name, tool): cost for name, tool, _, cost in rows}
+    for format, (tool, _) in PEERS.items():
+        for name in dict.fromkeys(name for name, *_ in rows):
+            mine, other = costs.get((name, f"slm-export {format}")), costs.get((name, tool))
+            if mine and other:
+                console.print(
+                    f"{name} {format}: slm-export takes {mine.seconds / other.seconds:.3f} of {tool}'s time, "
+                    f"{mine.peak_mib / other.peak_mib:.3f} of its memory, {mine.bytes / other.bytes:.3f} of its size"
+                )
     for (name, tool), cost in costs.items():
-        if tool == "export_llm":
-            mine = costs[name, "slm-export"]
+        alone = [
+            costs[name, f"slm-export {format}"].seconds for format in tool.split()[1:] if format in FILES
+        ]
+        if len(alone) > 1:
             console.print(
-                f"{name}: slm-export takes {mine.seconds / cost.seconds:.3f} of its time, "
-                f"{mine.peak_mib / cost.peak_mib:.3f} of its memory, {mine.bytes / cost.bytes:.3f} of its size"
+                f"{name}: together {cost.seconds / sum(alone):.3f} of the sum of the commands alone"
             )
 
 
