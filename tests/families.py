@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +101,9 @@ QUICK = (
 """Families that every run of the tests takes; the others are marked slow."""
 
 
-def chosen(names: Iterable[str]) -> list[Any]:
+def chosen(names: Iterable[str], quick: Collection[str] = QUICK) -> list[Any]:
     """Return the names as parameters of a test."""
-    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
 Family = tuple[str, str, Mapping[str, Any]]

@@ -45,7 +45,7 @@ def stamps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return reasons
 
 
-@pytest.mark.parametrize("width", RECIPES)
+@pytest.mark.parametrize("width", families.chosen(RECIPES, ("4 bits", "8 bits")))
 def test_copied_layers_are_lowered_layers(
     width: str, source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

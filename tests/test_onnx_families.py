@@ -23,6 +23,7 @@ from slm_export.tokenizer import SourceTokenizer
 
 TOKENS = 60
 PROMPT, GENERATED = "def save(family: Family", 30
+QUICK = ("gemma-2", "phi-4-mini", "gpt-2")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def made(family: families.Family, folder: Path) -> Model:
     return Model(folder, families.eager(family, folder), load_checkpoint(folder))
 
 
-@pytest.fixture(scope="module", params=families.chosen(families.DECODERS))
+@pytest.fixture(scope="module", params=families.chosen(families.DECODERS, QUICK))
 def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return made(families.DECODERS[request.param], tmp_path_factory.mktemp("family"))
 
