@@ -12,18 +12,16 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_export.checkpoint import Checkpoint
-from slm_export.checksums import sha256_file
-from slm_export.errors import InputError, MissingComponentError
+from slm_export.errors import InputError, needs
 from slm_export.exporters.executorch_reader import stored
 from slm_export.exporters.executorch_session import load_runtime, open_session, run_text_llm_runner
 from slm_export.phone_tokenizer import for_executorch
-from slm_export.results import Artifact, Signature
+from slm_export.results import Artifact, Signature, written
 from slm_export.runtime import ExportOptions, Session
 from slm_export.runtime_tokenizers import ExecuTorchTokenizer, RuntimeTokenizer
 from slm_export.tasks import ENDINGS, GENERATION, output_shape
@@ -42,6 +40,8 @@ _CONFIG = "tokenizer_config.json"
 _SHORTEST = (1, 3)
 """Least tokens of an encoder's input, tried in this order; a session pads what is shorter."""
 
+_PACKAGES = "the executorch package"
+
 
 class ExecuTorchExporter:
     """Writes and opens ``.pte`` programs."""
@@ -55,7 +55,7 @@ class ExecuTorchExporter:
 
     def ready(self) -> None:
         """Raise MissingComponentError unless executorch can be imported, kernels included."""
-        with _needed():
+        with needs(self.name, _PACKAGES):
             importlib.import_module("executorch.exir")
             importlib.import_module("torch.ao.quantization.fx._decomposed")
             load_runtime()
@@ -71,19 +71,11 @@ class ExecuTorchExporter:
         """Trace, lower and write the program."""
         write = _write_decoder if checkpoint.task == GENERATION else _write_encoder
         signature = write(checkpoint, options, path)
-        size = path.stat().st_size
-        return Artifact(
-            path=path,
-            format=self.name,
-            bytes=size,
-            sha256=sha256_file(path),
-            bits_per_weight=8 * size / checkpoint.parameters,
-            signatures=(signature,),
-        )
+        return written(path, self.name, checkpoint.parameters, (signature,))
 
     def open(self, path: Path, task: str) -> Session:
         """Open a program in ExecuTorch's own runtime."""
-        with _needed():
+        with needs(self.name, _PACKAGES):
             load_runtime()
         return open_session(path, task)
 
@@ -119,27 +111,14 @@ class ExecuTorchExporter:
 
     def set_threads(self, count: int) -> None:
         """Let XNNPACK and the custom kernels use ``count`` threads in this process."""
-        with _needed():
+        with needs(self.name, _PACKAGES):
             load_runtime()._unsafe_reset_threadpool(count)
 
     def generate(self, path: Path, tokenizer: Path, prompt: str, tokens: int, bos: int) -> str:
         """Return greedy text of the Python binding of ``TextLLMRunner``, which is what phones run."""
-        with _needed():
+        with needs(self.name, _PACKAGES):
             load_runtime()
         return run_text_llm_runner(path, tokenizer, prompt, tokens, bos)
-
-
-@contextmanager
-def _needed() -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        if (error.name or "").split(".")[0] == "slm_export":
-            raise  # a mistake of ours is not a missing package
-        raise MissingComponentError(
-            f"the executorch format needs the executorch package, which cannot be imported ({error}); "
-            "pip install 'slm-export[executorch]'"
-        ) from error
 
 
 def _write_decoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Signature:

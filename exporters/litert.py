@@ -20,9 +20,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, ClassVar
 
 from slm_export.checkpoint import Checkpoint
-from slm_export.checksums import sha256_file
-from slm_export.errors import InputError, MissingComponentError
-from slm_export.results import Artifact, Signature
+from slm_export.errors import InputError, needs
+from slm_export.results import Artifact, Signature, written
 from slm_export.runtime import ExportOptions, Session
 from slm_export.tasks import ENDINGS, GENERATION, output_shape
 from slm_export.tokenizer import OWN_TOKENIZER
@@ -38,6 +37,8 @@ PREFILLS = (16, 128, 512)
 """Tokens of one call. A prompt is fed in the longest that it fills, and its rest in the shortest that holds it."""
 
 _THREADS = 2
+
+_PACKAGES = "litert-torch and litert-lm"
 
 
 class LiteRTExporter:
@@ -61,7 +62,7 @@ class LiteRTExporter:
 
     def ready(self) -> None:
         """Raise MissingComponentError unless converter, packer and runtimes can be imported."""
-        with _needed(), _quiet_logs():
+        with needs(self.name, _PACKAGES), _quiet_logs():
             for module in (
                 "litert_torch._convert.interface",
                 "litert_lm_builder.litertlm_builder",
@@ -80,26 +81,18 @@ class LiteRTExporter:
         write = _write_decoder if checkpoint.task == GENERATION else _write_encoder
         with _quiet_logs():
             signatures = write(checkpoint, options, path)
-        size = path.stat().st_size
-        return Artifact(
-            path=path,
-            format=self.name,
-            bytes=size,
-            sha256=sha256_file(path),
-            bits_per_weight=8 * size / checkpoint.parameters,
-            signatures=signatures,
-        )
+        return written(path, self.name, checkpoint.parameters, signatures)
 
     def open(self, path: Path, task: str) -> Session:
         """Open an artifact in LiteRT's own runtime."""
-        with _needed():
+        with needs(self.name, _PACKAGES):
             from slm_export.exporters.litert_session import open_session
 
             return open_session(path, task, self._threads)
 
     def stored(self, path: Path) -> Mapping[str, Quantized]:
         """Return every quantized matrix under its name in the checkpoint, read from the artifact alone."""
-        with _needed():
+        with needs(self.name, _PACKAGES):
             from slm_export.exporters.litert_reader import read_weights
 
             return read_weights(path)
@@ -125,7 +118,7 @@ class LiteRTExporter:
         """Open the tokenizer in a ``.litertlm``, as LiteRT-LM does; LiteRT alone has none."""
         if task != GENERATION:
             return None
-        with _needed():
+        with needs(self.name, _PACKAGES):
             from slm_export.exporters.litert_runner import LiteRTLMTokenizer
 
             return LiteRTLMTokenizer(path)
@@ -136,23 +129,10 @@ class LiteRTExporter:
 
     def generate(self, path: Path, tokenizer: Path, prompt: str, tokens: int, bos: int) -> str:
         """Return greedy text of LiteRT-LM, which has tokenizer and opening token in the file."""
-        with _needed():
+        with needs(self.name, _PACKAGES):
             from slm_export.exporters.litert_runner import generate
 
             return generate(path, prompt, tokens)
-
-
-@contextmanager
-def _needed() -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        if (error.name or "").split(".")[0] == "slm_export":
-            raise  # a mistake of ours is not a missing package
-        raise MissingComponentError(
-            f"the litert format needs litert-torch and litert-lm, which cannot be imported ({error}); "
-            "pip install 'slm-export[litert]'"
-        ) from error
 
 
 @contextmanager

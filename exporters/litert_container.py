@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from slm_export.runtime import ExportOptions
 
 _NAME = "model.tflite"
 _HEADER_BYTES = 4096
+_CHUNK = 1 << 20
 _UNREPEATABLE = (
     rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00",
     rb"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
@@ -66,11 +66,8 @@ class Container:
             copy = Path(folder) / _NAME
             with open(self.path, "rb") as source, open(copy, "wb") as target:
                 source.seek(begin)
-                done = 0
-                while done < end - begin:
-                    done += os.copy_file_range(
-                        source.fileno(), target.fileno(), end - begin - done, begin + done, done
-                    )
+                for done in range(0, end - begin, _CHUNK):
+                    target.write(source.read(min(_CHUNK, end - begin - done)))
             yield copy
 
 

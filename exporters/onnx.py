@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from slm_export.checkpoint import Checkpoint
-from slm_export.checksums import sha256_file
-from slm_export.errors import InputError, MissingComponentError
+from slm_export.errors import InputError, needs
 from slm_export.exporters.onnx_genai import GenaiTokenizer, generate, write_config
 from slm_export.exporters.onnx_session import open_session
-from slm_export.results import Artifact, Signature
+from slm_export.results import Artifact, Signature, written
 from slm_export.runtime import ExportOptions, Session
 from slm_export.runtime_tokenizers import RuntimeTokenizer
 from slm_export.tasks import ENDINGS, GENERATION
@@ -31,6 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slm_export.weights import Quantized, Weight
+
+_PACKAGES = "onnx, onnxscript, onnxruntime and onnxruntime-genai"
 
 
 class OnnxExporter:
@@ -54,7 +54,7 @@ class OnnxExporter:
 
     def ready(self) -> None:
         """Raise MissingComponentError unless the packages that write and run ONNX can be imported."""
-        with _needed():
+        with needs(self.name, _PACKAGES):
             for package in ("onnx", "onnx_ir", "onnxscript", "onnxruntime", "onnxruntime_genai"):
                 importlib.import_module(package)
 
@@ -73,22 +73,15 @@ class OnnxExporter:
         from slm_export.exporters.onnx_models import write_decoder, write_encoder
 
         write = write_decoder if checkpoint.task == GENERATION else write_encoder
-        size, layers, inputs, outputs = write(checkpoint, options, path)
+        _, layers, inputs, outputs = write(checkpoint, options, path)
         if checkpoint.task == GENERATION:
             write_config(checkpoint, options, layers, path)
-        return Artifact(
-            path=path,
-            format=self.name,
-            bytes=size,
-            sha256=sha256_file(path),
-            bits_per_weight=8 * size / checkpoint.parameters,
-            signatures=(Signature("main", inputs, outputs),),
-            data=tuple(file for file in (data_file(path),) if file.exists()),
-        )
+        data = tuple(file for file in (data_file(path),) if file.exists())
+        return written(path, self.name, checkpoint.parameters, (Signature("main", inputs, outputs),), data)
 
     def open(self, path: Path, task: str) -> Session:
         """Open a model in plain ONNX Runtime."""
-        with _needed():
+        with needs(self.name, _PACKAGES):
             importlib.import_module("onnxruntime")
         return open_session(path, task, self._threads)
 
@@ -96,7 +89,7 @@ class OnnxExporter:
         """Return every quantized matrix of the file."""
         from slm_export.exporters.onnx_file import read_stored
 
-        with _needed():
+        with needs(self.name, _PACKAGES):
             importlib.import_module("onnx")
         return read_stored(path)
 
@@ -122,7 +115,7 @@ class OnnxExporter:
         """Open onnxruntime-genai's tokenizer; an encoder has no runner with one."""
         if task != GENERATION:
             return None
-        with _needed():
+        with needs(self.name, _PACKAGES):
             importlib.import_module("onnxruntime_genai")
         return GenaiTokenizer(path.parent)
 
@@ -132,18 +125,6 @@ class OnnxExporter:
 
     def generate(self, path: Path, tokenizer: Path, prompt: str, tokens: int, bos: int) -> str:
         """Return greedy text of onnxruntime-genai, from the folder as it is."""
-        with _needed():
+        with needs(self.name, _PACKAGES):
             importlib.import_module("onnxruntime_genai")
         return generate(path.parent, prompt, tokens, bos)
-
-
-@contextmanager
-def _needed() -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        if (error.name or "").split(".")[0] == "slm_export":
-            raise  # a mistake of ours is not a missing package
-        raise MissingComponentError(
-            f"the onnx format needs a package that cannot be imported ({error}); pip install 'slm-export[onnx]'"
-        ) from error

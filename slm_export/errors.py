@@ -13,7 +13,8 @@ Every message says what, where and what to do, on one line or a few, without a t
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -45,6 +46,20 @@ class MachineError(SlmExportError):
     """The disk, the memory or a child process failed."""
 
     exit_code = 4
+
+
+@contextmanager
+def needs(format: str, packages: str) -> Iterator[None]:
+    """Turn the import of a package that is not installed into what to install; a mistake of ours stays one."""
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").split(".")[0] == "slm_export":
+            raise
+        raise MissingComponentError(
+            f"the {format} format needs {packages}, which cannot be imported ({error}); "
+            f"pip install 'slm-export[{format}]'"
+        ) from error
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from slm_export.checksums import sha256_file
+
 
 @dataclass(frozen=True)
 class Signature:
@@ -30,6 +32,18 @@ class Artifact:
     signatures: tuple[Signature, ...] = ()
     data: tuple[Path, ...] = ()
     """Files beside ``path`` that belong to it, counted in ``bytes``; ``sha256`` is of ``path`` alone."""
+
+
+def written(
+    path: Path,
+    format: str,
+    parameters: int,
+    signatures: tuple[Signature, ...],
+    data: tuple[Path, ...] = (),
+) -> Artifact:
+    """Return a finished artifact: its size, with data beside it, and its hash."""
+    size = sum(file.stat().st_size for file in (path, *data))
+    return Artifact(path, format, size, sha256_file(path), 8 * size / parameters, signatures, data)
 
 
 @dataclass(frozen=True)
