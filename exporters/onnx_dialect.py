@@ -2,7 +2,8 @@
 
 int4        ``MatMulNBits`` at accuracy level 4, which quantizes activations to int8 block by block, and
             ``GatherBlockQuantized`` over the very same bytes
-int8        ``MatMulIntegerToFloat`` on activations quantized to uint8 per token, around 128
+int8        ``MatMulIntegerToFloat`` on activations quantized to uint8 per token. It knows one zero point for all
+            rows; what each row's own adds is its distance times the sums of the matrix's columns.
 floats      ``Gemm`` and ``Gather``; float16 is stored as such and computed in float32
 attention   ``GroupQueryAttention``, whose past and present may be one buffer
 
@@ -23,15 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slm_export.checkpoint import Checkpoint
-from slm_export.dialect import AttentionShape, Position
+from slm_export.dialect import AttentionShape, Position, fake_quantize_per_token
 from slm_export.errors import InputError
-from slm_export.exporters.onnx_stored import CODES, COLUMNS, SCALES, Stored
+from slm_export.exporters.onnx_stored import CODES, COLUMNS, SCALES, SUMS, Stored
 from slm_export.weights import Dense, Quantized, Weight
 
 _CONTRIB = "com.microsoft"
 _INT8_ACTIVATIONS = 4  # an accuracy level of MatMulNBits
 _ZERO = 128
-"""The uint8 that stands for 0."""
+"""The zero point that the product is told."""
 _LEAST = 1e-30
 """A row of zeros has a scale too."""
 
@@ -43,6 +44,8 @@ def onnxruntime_rounding(x: Tensor, weight: Weight) -> Tensor:
     """
     if not isinstance(weight, Quantized):
         return x
+    if weight.bits == 8:
+        return fake_quantize_per_token(x)
     blocks = x.reshape(*x.shape[:-1], -1, weight.group)
     scale = blocks.abs().amax(-1, keepdim=True).clamp_min(_LEAST) / 127
     return ((blocks / scale).round() * scale).reshape(x.shape)
@@ -66,15 +69,14 @@ class Call:
         self.past, self.present = past, []
         self.lengths = (seen.to(torch.int32), total.to(torch.int32).reshape(()))
 
-    def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return uint8 codes of the rows of x, and the step of each, float32 (rows, 1).
+    def quantized(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return uint8 codes of the rows of x, the step of each, and what to add of the sums, float32 (rows, 1).
 
         Queries, keys and values come from the same activations, one after the other.
         """
         if self._quantized[0] is not x:
             self._quantized = (x, _per_token(x))
-        codes, steps = self._quantized[1]
-        return codes, steps
+        return self._quantized[1]
 
 
 class OnnxDialect:
@@ -176,13 +178,14 @@ class _Int4Linear(_Part):
 class _Int8Linear(_Part):
     columns: Tensor
     scales: Tensor
+    sums: Tensor
 
     def __init__(self, stored: Stored, bias: Tensor | None, call: Call) -> None:
-        super().__init__(stored, {"columns": COLUMNS, "scales": SCALES}, bias)
+        super().__init__(stored, {"columns": COLUMNS, "scales": SCALES, "sums": SUMS}, bias)
         self.call = call
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, steps = self.call.quantized(x)
+        codes, steps, distance = self.call.quantized(x)
         one, zero = torch.ones(()), torch.full((), _ZERO, dtype=torch.uint8)
         shape = (codes.shape[0], self.columns.shape[1])
         made = torch.onnx.ops.symbolic(
@@ -192,19 +195,24 @@ class _Int8Linear(_Part):
             shape=shape,
             version=1,
         )
-        made = made * steps
+        made = made * steps + distance * self.sums
         return (made if self.bias is None else made + self.bias).reshape(*x.shape[:-1], shape[1])
 
 
-def _per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return uint8 codes of the rows of x, and the step of each, float32 (rows, 1)."""
+def _per_token(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return uint8 codes of the rows of x, the step of each, and what its own zero point adds, float32 (rows, 1)."""
     rows = x.reshape(-1, x.shape[-1])
-    steps = rows.abs().amax(-1, keepdim=True).clamp_min(_LEAST) / 127
-    zeros = torch.full((rows.shape[0],), _ZERO, dtype=torch.uint8)
+    low, high = rows.amin(-1, keepdim=True).clamp_max(0), rows.amax(-1, keepdim=True).clamp_min(0)
+    steps = (high - low).clamp_min(_LEAST) / 255
+    zeros = (-low / steps).round()
     codes = torch.onnx.ops.symbolic(
-        "QuantizeLinear", (rows, steps.squeeze(1), zeros), {"axis": 0}, dtype=torch.uint8, shape=rows.shape
+        "QuantizeLinear",
+        (rows, steps.squeeze(1), zeros.squeeze(1).to(torch.uint8)),
+        {"axis": 0},
+        dtype=torch.uint8,
+        shape=rows.shape,
     )
-    return codes, steps
+    return codes, steps, (_ZERO - zeros) * steps
 
 
 class _FloatEmbedding(_Part):

@@ -6,6 +6,7 @@ NAME.scales     float32 (out, groups)
 int8    NAME.columns    int8 (in, out), where a matrix product reads it
 NAME.codes      int8 (out, in), where rows are looked up
 NAME.scales     float32 (out,)
+NAME.sums       float32 (out,): scale times the sum of the codes, beside NAME.columns
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from slm_export.weights import Dense, Weight
 
-CODES, COLUMNS, SCALES = ".codes", ".columns", ".scales"
+CODES, COLUMNS, SCALES, SUMS = ".codes", ".columns", ".scales", ".sums"
 
 
 class Stored:
@@ -38,6 +39,7 @@ class Stored:
         else:
             if by_column:
                 self._add(COLUMNS, torch.int8, (columns, rows))
+                self._add(SUMS, torch.float32, (rows,))
             else:
                 self._add(CODES, torch.int8, (rows, columns))
             self._add(SCALES, torch.float32, (rows,))
@@ -51,6 +53,8 @@ class Stored:
             made = self.weight.load() if self.weight.dtype == torch.float16 else self.weight.float32()
         elif name.endswith(SCALES):
             made = self.weight.scales
+        elif name.endswith(SUMS):
+            made = self.weight.packed.sum(dim=1, dtype=torch.int32) * self.weight.scales.squeeze(1)
         elif self.weight.bits == 4:
             # Two's complement -> offset 8: the sign bit of each nibble flipped.
             made = self.weight.packed ^ 0x88
