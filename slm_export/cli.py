@@ -86,8 +86,8 @@ def cli() -> None:
 def export(as_json: bool, **options: Any) -> None:
     """Quantize MODEL for a device, write it, prove it, and leave a bundle that an app can ship.
 
-    MODEL is a Hugging Face model folder, the name of a model on the hub, a .keras file or a SavedModel folder. Without it, slm-export.toml in the
-    current folder names model, target, device, formats and gates.
+    MODEL is a Hugging Face model folder, the name of a model on the hub, a .keras file or a SavedModel folder. Without
+    it, slm-export.toml in the current folder names model, target, device, formats and gates.
     """
     from slm_export.commands import export_command
 
