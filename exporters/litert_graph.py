@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slm_export.errors import InputError
 from slm_export.exporters.litert_dialect import Embedding, Linear, LiteRTDialect, windowed, windows
 from slm_export.model import Decoder, Encoder
 
@@ -138,7 +139,7 @@ def convert(signatures: Sequence[Signature], inputs: Inputs) -> Graph:
         )
         for signature in signatures
     ]
-    with _quiet():
+    with _quiet(), _operators_named():
         # The stages of `litert_torch.convert`, with one between them.
         programs = [without_assertions(core.export_torch_signature(function)) for function in made]
         programs = [core._run_convert_passes(program) for program in programs]
@@ -182,6 +183,20 @@ def load_operators() -> None:
     importlib.import_module("litert_torch.backend.experimental.torch_tfl")
     importlib.import_module("litert_torch.generative.custom_ops.bmm_4d")
     importlib.import_module("litert_torch.generative.custom_ops.dynamic_update_slice")
+
+
+@contextlib.contextmanager
+def _operators_named() -> Iterator[None]:
+    """Say which operator it is that the converter does not know."""
+    try:
+        yield
+    except RuntimeError as error:
+        _, found, operator = str(error).partition("Lowering not found: ")
+        if not found:
+            raise
+        raise InputError(
+            f"litert has no operator for {operator.split()[0]}; choose another --format"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -214,3 +214,21 @@ def test_what_is_no_container_is_an_input_error(content: bytes, tmp_path: Path) 
     path.write_bytes(content)
     with pytest.raises(InputError, match="export the model again"):
         LiteRTExporter().open(path, "text-generation")
+
+
+def test_an_operator_that_litert_lacks_is_named() -> None:
+    from slm_export.exporters import litert_graph
+
+    class Odd(torch.nn.Module):
+        def forward(self, x: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {"y": torch.special.bessel_j0(x)}
+
+    class NoInputs:
+        names, vectors = (), {}
+
+        def example(self) -> dict[str, torch.Tensor]:
+            return {}
+
+    signature = litert_graph.Signature("odd", Odd(), {"x": torch.ones(2)})
+    with pytest.raises(InputError, match="no operator for aten"):
+        litert_graph.convert([signature], NoInputs())  # type: ignore[arg-type]
