@@ -185,8 +185,8 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("unknown format 'executorh'; did you mean 'executorch'?",),
     ),
     "planned format": (
-        (*EXPORT, "--format", "onnx"),
-        ("'onnx' cannot be exported yet; available: executorch",),
+        (*EXPORT, "--format", "coreml"),
+        ("'coreml' cannot be exported yet; available: executorch, litert, onnx",),
     ),
     "option": ((*EXPORT, "--bit", "4"), ("--bit", "--bits")),
     "value": ((*EXPORT, "--bits", "5"), ("--bits", "'5'", "'4', '8', '16', '32'")),

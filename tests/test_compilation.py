@@ -161,8 +161,8 @@ def test_what_was_not_proved_is_noted():
         ({"device": "none.toml"}, "none.toml: no such file"),
         ({"target": "linux", "device": "pixel-8"}, "device pixel-8 belongs to target android, not linux"),
         (
-            {"target": "android", "formats": ("onnx",)},
-            "format 'onnx' cannot be exported yet; available: exec",
+            {"target": "android", "formats": ("coreml",)},
+            "format 'coreml' cannot be exported yet; available: exec",
         ),
         (
             {"target": "host", "formats": ("executorh",)},
