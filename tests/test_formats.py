@@ -39,7 +39,7 @@ def encoder(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return exported(minilm, tmp_path_factory.mktemp("encoder"))
 
 
-@pytest.mark.parametrize("name", ["decoder", "encoder"])
+@pytest.mark.parametrize("name", ["decoder", pytest.param("encoder", marks=pytest.mark.slow)])
 def test_every_pair_of_formats_carries_the_same_integers(name: str, request: pytest.FixtureRequest) -> None:
     out, document = request.getfixturevalue(name)
     pairs = document["parity"]
@@ -60,6 +60,7 @@ def test_the_formats_of_a_decoder_say_nearly_the_same(decoder: Exported) -> None
         assert 0 < pair["greedy_agreed"] <= pair["greedy_tokens"]
 
 
+@pytest.mark.slow
 def test_the_formats_of_an_encoder_say_nearly_the_same(encoder: Exported) -> None:
     for pair in encoder[1]["parity"]:
         # ONNX Runtime rounds activations around 0, the others around the middle of their range: twice as fine.

@@ -24,7 +24,7 @@ from slm_export.tokenizer import SourceTokenizer
 
 TOKENS = 60
 PROMPT, GENERATED = "def save(family: Family", 20
-QUICK = ("gemma-2", "phi-4-mini", "mobilebert")
+QUICK = ("gemma-2", "mobilebert")
 
 
 @dataclass(frozen=True)
