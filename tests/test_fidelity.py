@@ -102,7 +102,13 @@ def judged(
         session.read_ahead(window)
     gates = fidelity.default_gates("text-generation", 8)
     quality, checks = fidelity.judge_decoder(
-        source, quantized, session, xnnpack_rounding, tokenizer, DOCUMENTS, gates, lambda count, note: None
+        fidelity.References(source, quantized),
+        session,
+        xnnpack_rounding,
+        tokenizer,
+        DOCUMENTS,
+        gates,
+        lambda count, note: None,
     )
     return quality, {check.name: check for check in checks}
 
