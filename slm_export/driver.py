@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from slm_export import __version__, bundle, fidelity
 from slm_export.checkpoint import Checkpoint
@@ -69,7 +67,7 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
         source, tokenizer, options = _read(plan, folder, progress)
         facts = _facts(source, options, progress)
         checkpoint, passes, notes = _optimize(plan, source, facts, kept, progress)
-        gates = _gates(plan, checkpoint)
+        gates = gates_for(plan, checkpoint)
         plan.target.bundle(tokenizer, staging.path)
         options = replace(options, tokenizer=staging.path / "tokenizer")
         runners = _runner_tokenizers(plan, source, staging.path)
@@ -89,14 +87,14 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
             device_title=plan.profile.title,
             passes=passes,
             formats=results,
-            toolchain=_toolchain(plan),
+            toolchain=versions(_tools(plan)),
             seconds=time.monotonic() - began,
             stages=dict(progress.stages),
             peak_rss_mb=progress.peak_rss_mb,
             parity=pairs,
             notes=tuple(notes),
         )
-        _refuse_failures(report)
+        refuse_failures(report)
         runtime = runtime_facts(source, tokenizer, options, runners)
         report = bundle.write_documents(staging.path, report, gates=gates, runtime=runtime)
         return report, staging.commit()
@@ -180,7 +178,7 @@ def _runner_tokenizers(plan: Plan, source: Checkpoint, folder: Path) -> dict[str
         return {exporter.name: exporter.runner_tokenizer(folder) for exporter in plan.exporters}
 
 
-def _gates(plan: Plan, checkpoint: Checkpoint) -> Gates:
+def gates_for(plan: Plan, checkpoint: Checkpoint) -> Gates:
     """Built-in thresholds, over them the profile's, over them the user's."""
     defaults = fidelity.default_gates(checkpoint.task, lowest_bits(checkpoint))
     return plan.request.gates.over(plan.profile.gates.over(defaults))
@@ -208,10 +206,9 @@ def _prove(
     results: list[FormatResult] = []
     traces: dict[str, Trace] = {}
     notes: list[str] = []
-    with _kept_readings(several) as folder:
-        references = fidelity.References(source, checkpoint, folder)
+    with fidelity.references(source, checkpoint, len(subjects)) as made_from:
         for artifact, subject in subjects:
-            result, judged = _judge(plan, artifact, subject, references, several, progress)
+            result, judged = _judge(plan, artifact, subject, made_from, several, progress)
             results.append(result)
             notes += [f"{artifact.format}: {note}" if several else note for note in judged.notes]
             if judged.trace is not None:
@@ -235,7 +232,7 @@ def _judge(
     latency: Latency | None = None
     delegation: Delegation | None = None
     judged = Judgement((), ())
-    checks = _size_check(artifact, subject.gates)
+    checks = size_check(artifact, subject.gates)
     if plan.request.verify:
         judged = judge_artifact(subject, references, progress, trace=trace)
         checks += judged.checks
@@ -247,23 +244,15 @@ def _judge(
     return FormatResult(artifact, judged.quality, checks, latency, delegation), judged
 
 
-@contextmanager
-def _kept_readings(several: bool) -> Iterator[Path | None]:
-    """Yield a folder for what the reference models say of a text, where more than one format needs it."""
-    if not several:
-        yield None
-        return
-    with bundle.machine_errors("compare", cache_folder()), TemporaryDirectory(prefix="slm-export-") as folder:
-        yield Path(folder)
-
-
-def _size_check(artifact: Artifact, gates: Gates) -> tuple[Check, ...]:
+def size_check(artifact: Artifact, gates: Gates) -> tuple[Check, ...]:
+    """Hold an artifact against the size that it may have."""
     return checks_of(
         artifact, Gates(max_bytes=gates.max_bytes), {"bytes": "the file is larger than it may be"}
     )
 
 
-def _refuse_failures(report: Report) -> None:
+def refuse_failures(report: Report) -> None:
+    """Raise FailedGateError unless every check passed."""
     failed = [
         _words(f"{result.artifact.format}: ", check)
         for result in report.formats
@@ -283,9 +272,14 @@ def _words(prefix: str, check: Check) -> str:
     return f"  {prefix}{check.name}{figures}" + (f": {check.detail}" if check.detail else "")
 
 
-def _toolchain(plan: Plan) -> dict[str, str]:
+def _tools(plan: Plan) -> tuple[str, ...]:
+    return (*_TOOLS, *(package for exporter in plan.exporters for package in exporter.packages))
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Return the versions of what an export was made with; a package that is not installed had no part in it."""
     found = {"slm-export": __version__}
-    for name in (*_TOOLS, *(package for exporter in plan.exporters for package in exporter.packages)):
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -10,13 +10,12 @@ from slm_export import fidelity
 from slm_export.evaltext import load_sentences
 from slm_export.fidelity.tokens import TOKENS
 from slm_export.gates import Gates
-from slm_export.parity import Trace, judge_codes, trace_of
+from slm_export.parity import Trace, judge_codes, quantized_weights, trace_of
 from slm_export.progress import Progress
 from slm_export.results import Check, Quality
 from slm_export.runtime import DecoderSession, EncoderSession, Exporter
 from slm_export.tokenizer import SourceTokenizer
 from slm_export.vendor_text import judge_vendor_text
-from slm_export.weights import Quantized
 
 _LONG_TEXTS = 2
 
@@ -53,9 +52,7 @@ def judge_artifact(
     session = exporter.open(subject.path, subject.task)
     try:
         with progress.stage(f"read back {name}"):
-            weights = references.quantized.weights
-            quantized = {n: weight for n, weight in weights.items() if isinstance(weight, Quantized)}
-            codes = judge_codes(exporter.stored(subject.path), quantized)
+            codes = judge_codes(exporter.stored(subject.path), quantized_weights(references.quantized))
         with progress.stage("compare tokenizers"):
             verdict = _judge_tokenizer(subject)
         quality: Quality

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from slm_export import __version__, bundle, fidelity
+from slm_export import bundle
 from slm_export.checkpoint import Checkpoint
 from slm_export.compilation import Plan
-from slm_export.driver import FailedGateError
+from slm_export.driver import gates_for, refuse_failures, size_check, versions
 from slm_export.errors import InputError
 from slm_export.exporters.litert_keras import Converted
 from slm_export.exporters.litert_keras_file import write
@@ -23,7 +22,7 @@ from slm_export.keras_read import Read, read_model, ready, source_sha256
 from slm_export.keras_source import name_of
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.progress import Progress
-from slm_export.recipe import lowest_bits, options_of, relative_error
+from slm_export.recipe import options_of, relative_error
 from slm_export.registry import exporter
 from slm_export.results import Artifact, FormatResult, Latency, ModelFacts, PassRow, Quality, Report
 from slm_export.tasks import CLASSIFICATION, EMBEDDING
@@ -47,7 +46,7 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
         read = read_model(path, plan.request.context, plan.request.eval_text, progress)
         facts = _facts(read, path, progress)
         checkpoint, row = quantize(read.converted, step, progress)
-        gates = _gates(plan, checkpoint)
+        gates = gates_for(plan, checkpoint)
         if read.tokenizer is not None:
             plan.target.bundle(read.tokenizer, staging.path)
         artifact = _write(read, checkpoint, facts.parameters, staging.path, progress)
@@ -58,13 +57,13 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
             device_title=plan.profile.title,
             passes=(row,),
             formats=(_prove(plan, read, checkpoint, artifact, gates, progress),),
-            toolchain=_toolchain(),
+            toolchain=versions(_TOOLS),
             seconds=time.monotonic() - began,
             stages=dict(progress.stages),
             peak_rss_mb=progress.peak_rss_mb,
             notes=(*plan.notes, *_recipe_note(plan), *read.notes),
         )
-        _refuse_failures(report)
+        refuse_failures(report)
         report = bundle.write_documents(staging.path, report, gates=gates, runtime=_runtime(read))
         return report, staging.commit()
 
@@ -145,11 +144,6 @@ def _facts(read: Read, path: Path, progress: Progress) -> ModelFacts:
         )
 
 
-def _gates(plan: Plan, checkpoint: Checkpoint) -> Gates:
-    defaults = fidelity.default_gates(checkpoint.task, lowest_bits(checkpoint))
-    return plan.request.gates.over(plan.profile.gates.over(defaults))
-
-
 def _write(read: Read, checkpoint: Checkpoint, parameters: int, folder: Path, progress: Progress) -> Artifact:
     path = folder / FORMAT / "model.tflite"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,9 +158,7 @@ def _prove(
 ) -> FormatResult:
     quality: Quality | None = None
     latency: Latency | None = None
-    checks = checks_of(
-        artifact, Gates(max_bytes=gates.max_bytes), {"bytes": "the file is larger than it may be"}
-    )
+    checks = size_check(artifact, gates)
     if plan.request.verify:
         quality, more = judge(
             read.model,
@@ -186,17 +178,6 @@ def _prove(
     return FormatResult(artifact, quality, checks, latency)
 
 
-def _refuse_failures(report: Report) -> None:
-    failed = [check for result in report.formats for check in result.checks if not check.passed]
-    if failed:
-        lines = []
-        for check in failed:
-            figures = "" if check.value is None else f" is {check.value:.4g}, limit {check.limit:.4g}"
-            lines.append(f"  {FORMAT}: {check.name}{figures}" + (f": {check.detail}" if check.detail else ""))
-        message = "the artifact is not good enough, and nothing of it was kept\n" + "\n".join(lines)
-        raise FailedGateError(message, report)
-
-
 def _runtime(read: Read) -> dict[str, Any]:
     """Return what an app must know to run the bundle."""
     checkpoint = read.converted.checkpoint
@@ -212,13 +193,3 @@ def _runtime(read: Read) -> dict[str, Any]:
         if read.model.width == 1:
             facts["threshold"] = read.threshold
     return facts
-
-
-def _toolchain() -> dict[str, str]:
-    found = {"slm-export": __version__}
-    for name in _TOOLS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

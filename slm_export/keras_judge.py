@@ -23,11 +23,11 @@ from slm_export.fidelity.judging import checks_of
 from slm_export.gates import Gates
 from slm_export.keras_inputs import HeldOut, Ids
 from slm_export.keras_source import IDS, MASK, TensorFlowModel, tensorflow
+from slm_export.parity import judge_codes, quantized_weights
 from slm_export.progress import Progress
 from slm_export.results import Check, EmbeddingQuality, Quality, ScoreQuality
 from slm_export.runtime import EncoderSession, Exporter
 from slm_export.tasks import CLASSIFICATION, EMBEDDING
-from slm_export.weights import Quantized
 
 LOWERING = 0.05
 """Share of the outputs' own spread that rounding activations to 8 bits may cost; a broken kernel costs all of it.
@@ -90,37 +90,20 @@ def judge(
     quality, checks = _compared(checkpoint.task, own, lowered, found, held, gates)
     _, theirs = _compared(checkpoint.task, own, lowered, other, held, gates)
     checks += tuple(dataclasses.replace(check, name=f"tensorflow_{check.name}") for check in theirs)
-    checks += (_lowering(own, lowered, found), stored_as_meant(exporter, path, checkpoint))
+    codes = judge_codes(exporter.stored(path), quantized_weights(checkpoint))
+    checks += (_lowering(own, lowered, found), dataclasses.replace(codes, name="stored_weights"))
     if source.tokens is None:
         padded = source_outputs(source, inputs, tokens, padded=True)
         checks += (_padding(own, padded, tokens),)
     return quality, checks
 
 
-def stored_as_meant(exporter: Exporter, path: Path, checkpoint: Checkpoint) -> Check:
-    """Compare codes and scales in the file with those of the checkpoint, bit for bit."""
-    meant = {name: weight for name, weight in checkpoint.weights.items() if isinstance(weight, Quantized)}
-    stored = exporter.stored(path)
-    wrong = sorted(meant.keys() ^ stored.keys())
-    for name in meant.keys() & stored.keys():
-        if not (
-            torch.equal(meant[name].packed, stored[name].packed)
-            and torch.equal(meant[name].scales, stored[name].scales)
-        ):
-            wrong.append(name)
-    detail = f"{len(meant)} matrices are stored as they were quantized"
-    if wrong:
-        detail = f"codes or scales in the file are not those of the checkpoint: {', '.join(wrong)}"
-    return Check("stored_weights", not wrong, detail)
-
-
 def _put_back(converted: Converted, checkpoint: Checkpoint) -> Mapping[str, Tensor]:
     """Return variable -> the values that its codes stand for."""
     values: dict[str, Tensor] = {}
-    for name, weight in checkpoint.weights.items():
-        if isinstance(weight, Quantized):
-            matrix = weight.float32()
-            values |= {variable: origin.back(matrix) for variable, origin in converted.origins[name].items()}
+    for name, weight in quantized_weights(checkpoint).items():
+        matrix = weight.float32()
+        values |= {variable: origin.back(matrix) for variable, origin in converted.origins[name].items()}
     return values
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from slm_export.answers import answer
 from slm_export.bundle import Manifest, read_manifest, verify_files
 from slm_export.errors import GateError, InputError
 from slm_export.evaltext import load_documents
-from slm_export.fidelity import References, judging
+from slm_export.fidelity import References, judging, references
 from slm_export.gates import Gates
 from slm_export.generation import Sampling, generate
 from slm_export.hub import find_model
@@ -57,10 +58,23 @@ def verify(folder: Path, source: str | None, eval_text: Path | None, progress: P
     checks: dict[str, tuple[Check, ...]] = {"files": (Check("checksums", not problems, detail),)}
     if problems:
         return Verification(checks, ("artifacts were not opened: the files are not those that were written",))
-    made_from = None if source is None else _made_from(folder, manifest, source, progress)
+    opened = nullcontext() if source is None else _made_from(folder, manifest, source, progress)
+    with opened as made_from:
+        more, notes, pairs = _judge_all(folder, manifest, made_from, load_documents(eval_text), progress)
+    return Verification({**checks, **more}, notes, pairs)
+
+
+def _judge_all(
+    folder: Path,
+    manifest: Manifest,
+    made_from: References | None,
+    documents: Sequence[str],
+    progress: Progress,
+) -> tuple[dict[str, tuple[Check, ...]], tuple[str, ...], tuple[Pair, ...]]:
+    """Judge every artifact, and the pairs of them; return checks by format, notes and pairs."""
     tokenizer = SourceTokenizer.load(folder / "tokenizer" if made_from is None else made_from.source.folder)
     several = len(manifest.artifacts) > 1
-    documents = load_documents(eval_text)
+    checks: dict[str, tuple[Check, ...]] = {}
     notes: list[str] = []
     traces: dict[str, Trace] = {}
     stored: dict[str, Stored] = {}
@@ -83,10 +97,13 @@ def verify(folder: Path, source: str | None, eval_text: Path | None, progress: P
         with progress.stage("compare formats"):
             pairs = compare(traces, stored, manifest.model.task)
         checks["formats"] = judge_pairs(pairs)
-    return Verification(checks, tuple(dict.fromkeys(notes)), pairs)
+    return checks, tuple(dict.fromkeys(notes)), pairs
 
 
-def _made_from(folder: Path, manifest: Manifest, source: str, progress: Progress) -> References:
+@contextmanager
+def _made_from(
+    folder: Path, manifest: Manifest, source: str, progress: Progress
+) -> Iterator[References | None]:
     """Make the quantized checkpoint again, which is deterministic."""
     model = find_model(source)
     if source_sha256(model) != manifest.model.source_sha256:
@@ -100,7 +117,8 @@ def _made_from(folder: Path, manifest: Manifest, source: str, progress: Progress
             checkpoint = (
                 make_pass(str(step["pass"]), options, f"{folder}/manifest.json").run(checkpoint).checkpoint
             )
-    return References(original, checkpoint)
+    with references(original, checkpoint, len(manifest.artifacts)) as found:
+        yield found
 
 
 def _size(entry: ArtifactEntry, gates: Gates) -> tuple[Check, ...]:

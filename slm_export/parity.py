@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slm_export.checkpoint import Checkpoint
 from slm_export.evaltext import load_sentences
 from slm_export.results import Check, Pair
 from slm_export.runtime import DecoderSession, EncoderSession, Session
@@ -54,6 +55,11 @@ def trace_of(session: Session, task: str, tokenizer: SourceTokenizer, documents:
 def differing(one: Stored, other: Stored) -> tuple[str, ...]:
     """Return the names of the matrices whose bits, group, codes or scales differ, or that only one side has."""
     return tuple(name for name in sorted({*one, *other}) if not _same(one.get(name), other.get(name)))
+
+
+def quantized_weights(checkpoint: Checkpoint) -> Stored:
+    """Return the matrices of a checkpoint that are on the grid."""
+    return {name: weight for name, weight in checkpoint.weights.items() if isinstance(weight, Quantized)}
 
 
 def judge_codes(stored: Stored, quantized: Stored) -> Check:

@@ -13,7 +13,7 @@ artifact). The first is the price of the bits; the second is a bug until explain
 """
 
 from slm_export.fidelity.encoders import judge_encoder
-from slm_export.fidelity.references import References
+from slm_export.fidelity.references import References, references
 from slm_export.fidelity.thresholds import default_gates
 from slm_export.fidelity.tokenizers import TokenizerVerdict, judge_stop_tokens, judge_tokenizer
 from slm_export.fidelity.tokens import judge_decoder
@@ -26,4 +26,5 @@ __all__ = [
     "judge_encoder",
     "judge_stop_tokens",
     "judge_tokenizer",
+    "references",
 ]

@@ -7,8 +7,10 @@ text is the longest part of a verification.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -16,7 +18,18 @@ from torch import Tensor, nn
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.dialect import Rounding
+from slm_export.machine import machine_errors
 from slm_export.model import build_reference
+
+
+@contextmanager
+def references(source: Checkpoint, quantized: Checkpoint, formats: int) -> Iterator[References]:
+    """Yield the models that so many formats are compared with; what they say is kept if there are several."""
+    if formats < 2:
+        yield References(source, quantized)
+        return
+    with TemporaryDirectory(prefix="slm-export-") as folder:
+        yield References(source, quantized, Path(folder))
 
 
 class References:
@@ -47,5 +60,6 @@ class References:
             return compute()
         file = self._folder / f"{name}.npy"
         if not file.exists():
-            np.save(file, compute().numpy())
+            with machine_errors("keep what the source model says", file):
+                np.save(file, compute().numpy())
         return torch.from_numpy(np.load(file, mmap_mode="c"))
