@@ -5,9 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import signal
 import sys
-import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -17,13 +15,12 @@ import click
 
 from slm_export import __version__
 from slm_export.errors import InputError, MachineError, SlmExportError
+from slm_export.interrupts import catch_signals, ignore_signals, still_an_interrupt
 
 if TYPE_CHECKING:
     from slm_export.compilation import Request
 
 INTERRUPTED = 130
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_CLEANING_UP_S = 5.0
 _BITS = click.Choice(["4", "8", "16", "32"])
 _JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else."
@@ -169,11 +166,12 @@ def _request(options: dict[str, Any]) -> Request:
 
 def main() -> NoReturn:
     """Run the command line and exit with the code of the contract."""
-    _catch_signals()
+    catch_signals()
     as_json = "--json" in sys.argv[1:]
     try:
-        cli.main(standalone_mode=False)
-        sys.stdout.flush()
+        with still_an_interrupt():
+            cli.main(standalone_mode=False)
+            sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         _leave(InputError.exit_code)
@@ -192,22 +190,6 @@ def main() -> NoReturn:
         traceback.print_exc()
         _fail("slm-export itself is at fault; please report the lines above", MachineError.exit_code, as_json)
     _leave(0)
-
-
-def _catch_signals() -> None:
-    """Let a signal unwind everything, and those that follow at once not interrupt the cleaning up."""
-    last = -_CLEANING_UP_S
-
-    def interrupt(number: int, frame: object) -> None:
-        nonlocal last
-        if (now := time.monotonic()) - last >= _CLEANING_UP_S:
-            last = now
-            raise KeyboardInterrupt
-
-    for number in _SIGNALS:
-        # What is ignored already stays so: `nohup` asks for that.
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, interrupt)
 
 
 def _fail(message: str, code: int, as_json: bool, report: Any = None) -> NoReturn:
@@ -229,8 +211,7 @@ def _leave(code: int) -> NoReturn:
     except (OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     # The outcome is decided; a late Ctrl-C must not make another of it.
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     with suppress(OSError, ValueError):
         # Nothing of ours follows; native libraries log that they are taken down.
         sys.stderr.flush()

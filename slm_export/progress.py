@@ -25,6 +25,7 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
+from slm_export.interrupts import still_an_interrupt
 from slm_export.memory import peak_resident_mb, resident_mb
 from slm_export.words import printable, seconds
 
@@ -119,7 +120,8 @@ class Progress:
         outcome = "failed"
         try:
             display.begin()
-            yield stage
+            with still_an_interrupt():
+                yield stage
             outcome = "done"
         except (KeyboardInterrupt, SystemExit):
             outcome = "interrupted"

@@ -102,7 +102,11 @@ def test_an_interrupted_export_leaves_nothing(
 
 def after_signals(*lines: str) -> str:
     """Return what a program prints that runs these lines with our handlers in place."""
-    program = ["import signal as s", "from slm_export.cli import _catch_signals as catch", *lines]
+    program = [
+        "import signal as s",
+        "from slm_export.interrupts import catch_signals as catch, still_an_interrupt",
+        *lines,
+    ]
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(program)], capture_output=True, text=True, check=True
     )
@@ -112,6 +116,22 @@ def after_signals(*lines: str) -> str:
 def test_the_first_signal_interrupts_and_those_behind_it_do_not() -> None:
     caught = ["try: s.raise_signal(s.SIGINT)", "except KeyboardInterrupt: print('interrupted')"]
     assert after_signals("catch()", *caught, "s.raise_signal(s.SIGTERM)", *caught) == "interrupted\n"
+
+
+def test_what_a_library_makes_of_an_interrupt_is_one() -> None:
+    made = [
+        "try:",
+        " with still_an_interrupt():",
+        "  try: s.raise_signal(s.SIGINT)",
+        "  except KeyboardInterrupt: raise TypeError from None",
+        "except KeyboardInterrupt: print('interrupted')",
+    ]
+    assert after_signals("catch()", *made) == "interrupted\n"
+
+
+def test_an_error_without_a_signal_stays_what_it_is() -> None:
+    lines = ["try:", " with still_an_interrupt(): raise TypeError", "except TypeError: print('an error')"]
+    assert after_signals("catch()", *lines) == "an error\n"
 
 
 def test_nohup_is_obeyed() -> None:
