@@ -27,11 +27,6 @@ class LiteRTLMTokenizer:
         self._opening.__exit__(None, None, None)
 
     @property
-    def vocab_size(self) -> int:
-        """Not told by this runtime."""
-        raise NotImplementedError
-
-    @property
     def bos_id(self) -> int | None:
         """The opening token that the file names."""
         found: int | None = self._engine.bos_token_id

@@ -84,13 +84,6 @@ class GenaiTokenizer:
             raise TokenizerLoadError(
                 f"{folder}: onnxruntime-genai cannot load the tokenizer: {error}"
             ) from error
-        model = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model"]
-        self._vocabulary = int(model["vocab_size"])
-
-    @property
-    def vocab_size(self) -> int:
-        """How many ids the model knows; the runtime does not say how many its tokenizer does."""
-        return self._vocabulary
 
     @property
     def bos_id(self) -> int | None:

@@ -5,6 +5,7 @@ put together from what comes out.
 
     layers_of     the layers, where all have weights of the same names, shapes and bits
     check_alike   whether the modules of all layers have the same settings
+    keep_kinds    a decoder with one layer of every kind: enough to see which operators it is made of
     hollow        a checkpoint whose matrices take no memory: what is left tells settings, vectors and caches
 """
 
@@ -81,6 +82,22 @@ def check_alike(module: nn.Module, layers: Layers) -> None:
             raise CannotStamp(f"layer {index} differs from layer 0 in {differing[:3]}")
 
 
+def keep_kinds(decoder: nn.Module) -> list[int]:
+    """Leave of a decoder's layers the first of every kind; return which those are."""
+    lists = {path: part for path, part in decoder.named_modules() if isinstance(part, nn.ModuleList)}
+    path = max(lists, key=lambda path: len(lists[path]), default=None)
+    if path is None:
+        return []
+    kinds: list[dict[str, Any]] = []
+    kept = []
+    for index, layer in enumerate(lists[path]):
+        if (settings := _settings(layer)) not in kinds:
+            kinds.append(settings)
+            kept.append(index)
+    decoder.set_submodule(path, nn.ModuleList(lists[path][index] for index in kept))
+    return kept
+
+
 def hollow(checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint without its matrices."""
     return checkpoint.with_weights(
@@ -104,6 +121,8 @@ def hollow_weight(weight: Weight) -> Weight:
 
 _SMALL = 1 << 16  # caches are larger, and empty
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
+_WHICH = frozenset({"layer_idx", "name", "keys", "index"})
+"""Attributes of layers and of dialects' parts that say which layer they are of, and so differ between copies."""
 
 
 def _settings(layer: nn.Module) -> dict[str, Any]:
@@ -111,7 +130,7 @@ def _settings(layer: nn.Module) -> dict[str, Any]:
     return {
         path: (
             type(part),
-            {k: v for k, v in vars(part).items() if k not in _OF_EVERY_MODULE and k != "layer_idx"},
+            {k: v for k, v in vars(part).items() if k not in _OF_EVERY_MODULE and k not in _WHICH},
             {k: (v.shape, v.dtype) for k, v in part.state_dict().items()},
             {k: v.numpy().tobytes() for k, v in part.named_buffers(recurse=False) if v.numel() < _SMALL},
         )

@@ -35,10 +35,6 @@ class RuntimeTokenizer(Protocol):
         """Whose tokenizer it is, for messages."""
 
     @property
-    def vocab_size(self) -> int:
-        """How many ids it knows."""
-
-    @property
     def bos_id(self) -> int | None:
         """The opening token, if the runtime names one."""
 
