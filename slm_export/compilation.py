@@ -88,7 +88,7 @@ def make_plan(request: Request) -> Plan:
     if not request.model:
         raise InputError(f"no model: give a model folder, or name one in {FILE_NAME} in the current folder")
     if request.target is None and request.device is None:
-        raise InputError("no target: give --target android (or linux, host), or a --device")
+        raise InputError("no target: give --target android (or ios, linux, host), or a --device")
     profile = load_profile(request.device) if request.device else default_profile(str(request.target))
     if request.target not in (None, profile.target):
         raise InputError(
@@ -103,6 +103,9 @@ def make_plan(request: Request) -> Plan:
             raise InputError(
                 f"device {profile.name} does not run format {name}; it runs {', '.join(profile.formats)}"
             )
+        if name not in made_target.formats:
+            known = ", ".join(made_target.formats)
+            raise InputError(f"target {profile.target} has no app code for format {name}; it has: {known}")
     where = (
         request.device if request.device and request.device.endswith(".toml") else f"device {profile.name}"
     )

@@ -34,7 +34,7 @@ from slm_export.results import (
     PassRow,
     Report,
 )
-from slm_export.runtime import Exporter, ExportOptions
+from slm_export.runtime import Exporter, ExportOptions, Proven
 from slm_export.tasks import GENERATION
 from slm_export.tokenizer import OWN_TOKENIZER, SourceTokenizer
 
@@ -96,6 +96,9 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
         )
         refuse_failures(report)
         runtime = runtime_facts(source, tokenizer, options, runners)
+        artifacts = tuple(result.artifact for result in results)
+        with bundle.machine_errors(f"write what apps on {plan.profile.target} need", staging.path):
+            plan.target.finish(Proven(facts, artifacts, plan.profile, tokenizer, runtime), staging.path)
         report = bundle.write_documents(staging.path, report, gates=gates, runtime=runtime)
         return report, staging.commit()
 

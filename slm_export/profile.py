@@ -54,7 +54,12 @@ Feature = Literal[
 TARGETS: tuple[str, ...] = get_args(TargetName)
 FORMATS: tuple[str, ...] = get_args(FormatName)
 
-_DEFAULTS = {"android": "android-8gb", "linux": "raspberry-pi-5", "host": "host"}
+_DEFAULTS = {
+    "android": "android-8gb",
+    "ios": "iphone-15-pro",
+    "linux": "raspberry-pi-5",
+    "host": "host",
+}
 _PACKAGE = "slm_export.device_profiles"
 
 
@@ -150,6 +155,24 @@ class Limits(_Frozen):
     """Largest app with everything that is delivered with it."""
 
 
+class CoreML(_Frozen):
+    """How a Core ML package is written."""
+
+    ios: Literal[17, 18] = 18
+    """The oldest system that opens it: iOS 17 with macOS 14, or iOS 18 with macOS 15. Decoders and int4 need 18."""
+    query_lengths: Literal["dynamic"] | tuple[Annotated[int, Field(ge=1)], ...] = "dynamic"
+    """Tokens that one call of a decoder takes: any number, or one of these. The Neural Engine wants fixed ones."""
+    palettize: Literal[4, 6] | None = None
+    """Bits of a lookup table per matrix in place of integers with scales, for the Neural Engine; None for integers."""
+
+    @field_validator("query_lengths")
+    @classmethod
+    def _ascending(cls, lengths: Any) -> Any:
+        if lengths != "dynamic" and (not lengths or list(lengths) != sorted(set(lengths))):
+            raise ValueError('give "dynamic", or lengths in ascending order, each once, such as [1, 64]')
+        return lengths
+
+
 class RecipeStep(_Frozen):
     """One pass of a recipe; the pass itself validates its options."""
 
@@ -183,6 +206,7 @@ class DeviceProfile(_Frozen):
     cpu: Cpu | None = None
     memory: Memory | None = None
     limits: Limits = Limits()
+    coreml: CoreML = CoreML()
     gates: Gates = Field(default_factory=lambda: Gates.model_validate({}))
     recipe: tuple[RecipeStep, ...] = ()
 

@@ -14,7 +14,12 @@ _EXPORTERS: Mapping[str, str] = {
     "litert": "litert:LiteRTExporter",
     "onnx": "onnx:OnnxExporter",
 }
-_TARGETS: Mapping[str, str] = {"android": "android:Android", "linux": "linux:Linux", "host": "host:Host"}
+_TARGETS: Mapping[str, str] = {
+    "android": "android:Android",
+    "ios": "ios:Ios",
+    "linux": "linux:Linux",
+    "host": "host:Host",
+}
 
 
 def exporter(format: str) -> Exporter:

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from slm_export.checkpoint import Checkpoint
-from slm_export.results import Artifact, Delegation, Latency
+from slm_export.profile import FORMATS, DeviceProfile
+from slm_export.results import Artifact, Delegation, Latency, ModelFacts
 from slm_export.runtime_tokenizers import RuntimeTokenizer
 from slm_export.tokenizer import SourceTokenizer
 from slm_export.weights import Quantized, Weight
@@ -132,16 +133,34 @@ class Exporter(Protocol):
         """Return greedy text of the vendor's own generation loop, as an app would run it."""
 
 
+@dataclass(frozen=True)
+class Proven:
+    """What a bundle holds once its artifacts have passed every gate, for a target that wraps them for an app."""
+
+    model: ModelFacts
+    artifacts: tuple[Artifact, ...]
+    """As they were asked for, with absolute paths."""
+    profile: DeviceProfile
+    tokenizer: SourceTokenizer
+    runtime: Mapping[str, Any]
+    """As the manifest has it."""
+
+
 class Target(Protocol):
     """Where artifacts go: what its app needs on disk, and how speed is measured there."""
 
     name: ClassVar[str]
+    formats: ClassVar[tuple[str, ...]] = FORMATS
+    """The formats that its apps can be given."""
 
     def ready(self) -> None:
         """Raise MissingComponentError unless everything that this target needs is installed."""
 
     def bundle(self, tokenizer: SourceTokenizer, folder: Path) -> None:
-        """Put beside the artifacts what an app on this target needs: the tokenizer's files."""
+        """Put what an app on this target needs where artifacts will be: the tokenizer's files."""
+
+    def finish(self, made: Proven, folder: Path) -> None:
+        """Put beside proven artifacts what the build of an app needs."""
 
     def benchmark(self, path: Path, format: str, task: str) -> Latency:
         """Measure an artifact as near to this target as this machine can."""

@@ -14,6 +14,7 @@ from slm_export.compilation import DEFAULT_CONTEXT, Request, context_for, make_p
 from slm_export.errors import InputError, MissingComponentError
 from slm_export.gates import Gates
 from slm_export.optimizers.group_quantize import GroupQuantize
+from slm_export.profile import FORMATS
 from slm_export.recipe import QuantizationOptions
 from slm_export.settings import Settings
 
@@ -37,7 +38,9 @@ PROFILE = 'schema = 1\nname = "mine"\ntitle = "Mine"\ntarget = "linux"\nformats 
 
 
 class Ready:
-    """Stands for an exporter or a target that needs nothing."""
+    """Stands for an exporter or a target that needs nothing and takes everything."""
+
+    formats = FORMATS
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -154,9 +157,9 @@ def test_what_was_not_proved_is_noted():
     ("request_", "expected"),
     [
         ({"model": "", "target": "android"}, "no model: give a model folder, or name one in slm-export.toml"),
-        ({}, "no target: give --target android (or linux, host), or a --device"),
+        ({}, "no target: give --target android (or ios, linux, host), or a --device"),
         ({"target": "androd"}, "unknown target 'androd'; did you mean 'android'?"),
-        ({"target": "ios"}, "no device profile is shipped for target 'ios'"),
+        ({"target": "ios", "formats": ("litert",)}, "device iphone-15-pro does not run format litert"),
         ({"device": "pixel8"}, "unknown device 'pixel8'; did you mean 'pixel-8'?"),
         ({"device": "none.toml"}, "none.toml: no such file"),
         ({"target": "linux", "device": "pixel-8"}, "device pixel-8 belongs to target android, not linux"),
@@ -179,6 +182,14 @@ def test_a_wrong_recipe_is_blamed_on_its_file(tmp_path):
     path = tmp_path / "my.toml"
     path.write_text(PROFILE + '[[recipe]]\npass = "group-quantize"\nbit = 4\n')
     assert problem(device=str(path)).startswith(f"{path}: group-quantize: unknown option 'bit'")
+
+
+def test_a_target_without_app_code_for_a_format_says_so(tmp_path):
+    path = tmp_path / "my.toml"
+    path.write_text(PROFILE.replace('"linux"', '"ios"').replace('"executorch", ', ""))
+    assert problem(device=str(path)).startswith(
+        "target ios has no app code for format onnx; it has: coreml, executorch"
+    )
 
 
 @pytest.mark.usefixtures("everything_installed")

@@ -22,6 +22,8 @@ CHECK = (
     "from slm_export.profile import shipped_profiles\n"
     "assert len(shipped_profiles()) > 8\n"
     "from slm_export.evaltext import load_documents\n"
+    "from slm_export.targets.ios_package import swift_file\n"
+    "assert 'enum TokenizerFiles' in swift_file('TokenizerFiles.swift')\n"
     "assert load_documents(None)\n"
     "for name in ('exporters', 'optimizers', 'targets', 'device_profiles'):\n"
     "    try:\n"
@@ -52,6 +54,10 @@ def test_a_wheel_holds_all_and_nothing_else(wheel: Path) -> None:
         "slm_export/device_profiles/pixel-8.toml",
         "slm_export/exporters/executorch.py",
         "slm_export/fidelity/tokens.py",
+        "slm_export/targets/swift/Package.swift.j2",
+        "slm_export/targets/swift/TokenizerFiles.swift",
+        "slm_export/targets/swift/coreml/DecoderRuntime.swift",
+        "slm_export/targets/swift/tests/TokenizerTests.swift.j2",
     } <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

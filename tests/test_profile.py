@@ -88,6 +88,13 @@ def test_android_profiles_agree_on_the_store():
     assert len({str(p.limits) for p in PROFILES.values() if p.target == "android"}) == 1
 
 
+def test_phones_and_tablets_of_apple_agree_on_the_store():
+    # A Mac app need not come from the store.
+    sold = [p for p in PROFILES.values() if p.target == "ios" and p.name != "mac-m-series"]
+    assert len({str(profile.limits) for profile in sold}) == 1
+    assert sold[0].limits.app_gb is not None
+
+
 def test_the_host_states_no_figures():
     assert list(PROFILES["host"].figures()) == []
 
@@ -101,7 +108,13 @@ def test_bandwidth_is_data_rate_times_bus_width():
 
 
 @pytest.mark.parametrize(
-    ("target", "name"), [("android", "android-8gb"), ("linux", "raspberry-pi-5"), ("host", "host")]
+    ("target", "name"),
+    [
+        ("android", "android-8gb"),
+        ("ios", "iphone-15-pro"),
+        ("linux", "raspberry-pi-5"),
+        ("host", "host"),
+    ],
 )
 def test_default_profile_is_of_its_target(target, name):
     profile = default_profile(target)
@@ -109,10 +122,11 @@ def test_default_profile_is_of_its_target(target, name):
     assert profile.target == target
 
 
-def test_every_target_has_a_default_or_a_clear_refusal():
-    assert set(TARGETS) == {"android", "ios", "linux", "host"}
-    with pytest.raises(InputError, match="no device profile is shipped for target 'ios'"):
-        default_profile("ios")
+def test_every_target_has_a_default():
+    assert {default_profile(target).target for target in TARGETS} == {"android", "ios", "linux", "host"}
+
+
+def test_an_unknown_target_is_explained():
     with pytest.raises(InputError, match="unknown target 'androd'; did you mean 'android'"):
         default_profile("androd")
 
@@ -222,6 +236,19 @@ def test_recipe_steps_keep_their_options_and_order():
     assert [step.pass_name for step in steps] == ["b", "a"]
     assert steps[0].options == {"bits": 4, "search": True}
     assert steps[0].model_dump() == {"pass": "b", "bits": 4, "search": True}
+
+
+def test_core_ml_is_set_as_documented():
+    assert parse("").coreml.query_lengths == "dynamic"
+    assert parse("[coreml]\nquery_lengths = [1, 64]").coreml.query_lengths == (1, 64)
+    assert parse("[coreml]\nios = 17\npalettize = 6").coreml.ios == 17
+
+
+@pytest.mark.parametrize(
+    "text", ["ios = 16", "palettize = 5", "query_lengths = []", "query_lengths = [64, 1]"]
+)
+def test_what_core_ml_cannot_do_is_refused(text):
+    assert f"coreml.{text.split(' ')[0]}" in problem(f"[coreml]\n{text}")
 
 
 def test_units_of_memory():
