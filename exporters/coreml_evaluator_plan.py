@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +38,7 @@ LISTS = frozenset({"values", "ref_tensors", "begins", "ends", "end_masks"})
 """Parameters that MIL types as tuples."""
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """Where a result goes, and what it has to be."""
 
     name: str
@@ -49,15 +48,16 @@ class Output:
     shape: tuple[int | None, ...] | None
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One operation, ready to run."""
 
     where: str
     run: Callable[..., Any]
     """Its constant operands are bound already."""
-    arguments: tuple[tuple[str, int | tuple[Any, ...]], ...]
-    """The others: the slot of each, or for a list its slots and constants."""
+    arguments: tuple[tuple[str, int], ...]
+    """The others by parameter, and the slot of each."""
+    lists: tuple[tuple[str, tuple[int | Tensor, ...]], ...]
+    """Parameters that are lists: slots and constants."""
     outputs: tuple[Output, ...]
     release: tuple[int, ...]
     """Slots that nothing needs any more."""
@@ -197,10 +197,11 @@ class _Planner:
     def _step(
         self, operation: Operation, operator: Operator, extra: dict[str, Any], unneeded: list[str]
     ) -> Step:
-        bound, late, arguments = dict[str, Any](extra), dict[str, Constant](), list[tuple[str, Any]]()
+        bound, late = dict[str, Any](extra), dict[str, Constant]()
+        arguments, lists = list[tuple[str, int]](), list[tuple[str, tuple[int | Tensor, ...]]]()
         for parameter, operand in operation.inputs.items():
             if parameter in LISTS:
-                arguments.append((parameter, tuple(self._part(part) for part in operand)))
+                lists.append((parameter, tuple(self._part(part) for part in operand)))
                 continue
             made = self._resolved(operand[0])
             if made is None:
@@ -208,6 +209,8 @@ class _Planner:
                 arguments.append((parameter, self._slots[operand[0].name]))
             elif isinstance(made, str) or parameter in operator.lazy:
                 bound[parameter] = made
+            elif parameter in operator.sizes:
+                bound[parameter] = made.tensor().tolist()
             elif isinstance(made, Stored):
                 bound[parameter] = made.tensor()
             else:
@@ -217,13 +220,8 @@ class _Planner:
             self._slots[name] = len(self._slots)
             outputs.append(Output(name, self._slots[name], type, type.element.dtype, type.shape))
         run = partial(_densely, operator.run, late, **bound) if late else partial(operator.run, **bound)
-        return Step(
-            operation.where,
-            run,
-            tuple(arguments),
-            tuple(outputs),
-            tuple(self._slots[name] for name in unneeded),
-        )
+        release = tuple(self._slots[name] for name in unneeded)
+        return Step(operation.where, run, tuple(arguments), tuple(lists), tuple(outputs), release)
 
     def _part(self, part: Name | Value) -> int | Tensor:
         made = self._resolved(part)

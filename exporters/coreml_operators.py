@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,10 @@ from slm_export.errors import InputError
 LARGEST_RESULT = 1 << 31
 """Elements that an operator may make out of few: a shape that asks for more is taken for a damaged file."""
 
+Size = Tensor | int
+"""A parameter that is one number or flag; the evaluator gives a number where it is constant."""
+Sizes = Tensor | Sequence[int]
+"""A parameter that is a vector of sizes, axes or flags; the evaluator gives a list where it is constant."""
 Run = Callable[..., Any]
 _Function = TypeVar("_Function", bound=Run)
 
@@ -41,13 +46,26 @@ class Operator:
     constant: bool
     """It makes a `Constant` out of constants, once, before anything runs."""
 
-    def check(self, given: Sequence[str]) -> None:
-        """Raise `InputError` for a parameter that the operator does not have, or one that it lacks."""
-        parameters = {
+    @cached_property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The parameters that MIL knows; keyword-only ones are between the evaluator and the operator."""
+        found = inspect.signature(self.run).parameters
+        return {
             name: parameter
-            for name, parameter in inspect.signature(self.run).parameters.items()
+            for name, parameter in found.items()
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         }
+
+    @cached_property
+    def sizes(self) -> frozenset[str]:
+        """Parameters annotated `Size` or `Sizes`."""
+        return frozenset(
+            name for name, found in self.parameters.items() if str(found.annotation).startswith("Size")
+        )
+
+    def check(self, given: Sequence[str]) -> None:
+        """Raise `InputError` for a parameter that the operator does not have, or one that it lacks."""
+        parameters = self.parameters
         unknown = sorted(set(given) - set(parameters))
         if unknown:
             raise InputError(f"has no parameter {', '.join(unknown)}; known: {', '.join(parameters)}")
@@ -101,16 +119,16 @@ def known_operators() -> tuple[Operator, ...]:
 
 def wide(x: Tensor) -> Tensor:
     """Return what is computed with: fp16 as float32, all else as it is."""
-    return x.float() if x.dtype == torch.float16 else x
+    return x.float() if x.dtype is torch.float16 else x
 
 
-def ints(x: Tensor | Sequence[Any]) -> list[int]:
-    """Return the elements of a vector of sizes, axes or flags."""
-    values = x.tolist() if isinstance(x, Tensor) else [int(value) for value in x]
+def ints(x: Sizes) -> list[int]:
+    """Return the elements of a vector of sizes, axes or flags; a scalar counts as a vector of one."""
+    values: Any = x.tolist() if isinstance(x, Tensor) else x
     return values if isinstance(values, list) else [values]
 
 
-def axis_of(axis: Any, rank: int) -> int:
+def axis_of(axis: Size, rank: int) -> int:
     """Return an axis counted from the front, given one that may be counted from the end."""
     position = int(axis)
     if not -rank <= position < rank:
@@ -118,14 +136,14 @@ def axis_of(axis: Any, rank: int) -> int:
     return position % rank
 
 
-def axes_of(axes: Any, rank: int) -> list[int]:
+def axes_of(axes: Sizes | None, rank: int) -> list[int]:
     """Return axes counted from the front; all of them for None."""
     return list(range(rank)) if axes is None else [axis_of(axis, rank) for axis in ints(axes)]
 
 
 def same_type(x: Tensor, y: Tensor) -> None:
     """Raise `InputError` where two operands that must be of one type are not."""
-    if x.dtype != y.dtype:
+    if x.dtype is not y.dtype:
         raise InputError(f"takes operands of one type, not {x.dtype} and {y.dtype}")
 
 

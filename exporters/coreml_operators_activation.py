@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_operators import add, axis_of, operator, wide
+from slm_export.exporters.coreml_operators import Size, add, axis_of, operator, wide
 
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -48,7 +48,7 @@ def gelu(x: Tensor, mode: str = "EXACT") -> Tensor:
 
 
 @operator("softmax")
-def softmax(x: Tensor, axis: Tensor | int = -1) -> Tensor:
+def softmax(x: Tensor, axis: Size = -1) -> Tensor:
     """``exp(x) / sum(exp(x))`` along axis; NaN where all of a row is -inf: iOS15.activation."""
     return torch.softmax(wide(x), axis_of(axis, x.dim())).to(x.dtype)
 

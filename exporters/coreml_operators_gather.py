@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_operators import axis_of, operator, wide
+from slm_export.exporters.coreml_operators import Size, axis_of, operator, wide
 from slm_export.exporters.coreml_operators_constant import Constant, dense
+
+_FEW = 8  # indices that are looked at in Python rather than by torch
 
 
 def _checked(indices: Tensor, size: int, *, negative: bool) -> Tensor:
@@ -25,7 +26,11 @@ def _checked(indices: Tensor, size: int, *, negative: bool) -> Tensor:
     index = indices.to(torch.int64)
     if not index.numel():
         return index
-    low, high = (int(bound) for bound in torch.aminmax(index))
+    if index.numel() <= _FEW:
+        values = index.flatten().tolist()
+        low, high = min(values), max(values)
+    else:
+        low, high = (int(bound) for bound in torch.aminmax(index))
     if low < (-size if negative else 0) or high >= size:
         at = low if low < 0 else high
         raise InputError(f"index {at} is out of bounds of a dimension of {size}")
@@ -38,11 +43,13 @@ def _moved(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return function(x) if same_size is None else function(x.view(same_size)).view(x.dtype)
 
 
-def _gather(x: Tensor | Constant, indices: Tensor, axis: Any, batch_dims: Any, *, negative: bool) -> Tensor:
+def _gather(x: Tensor | Constant, indices: Tensor, axis: Size, batch_dims: Size, *, negative: bool) -> Tensor:
     dim, batch = axis_of(axis, len(x.shape)), int(batch_dims)
     index = _checked(indices, x.shape[dim], negative=negative)
     shape = (*x.shape[:dim], *indices.shape[batch:], *x.shape[dim + 1 :])
     if isinstance(x, Constant) and dim == 0 and not batch:
+        if index.numel() <= _FEW:
+            return x.take(index.flatten()).reshape(shape)
         rows, inverse = torch.unique(index, return_inverse=True)
         return x.take(rows)[inverse.flatten()].reshape(shape)
     tensor = dense(x)
@@ -59,9 +66,7 @@ def _gather(x: Tensor | Constant, indices: Tensor, axis: Any, batch_dims: Any, *
 
 
 @operator("gather", lazy=("x",))
-def gather_15(
-    x: Tensor | Constant, indices: Tensor, axis: Tensor | int = 0, batch_dims: Tensor | int = 0
-) -> Tensor:
+def gather_15(x: Tensor | Constant, indices: Tensor, axis: Size = 0, batch_dims: Size = 0) -> Tensor:
     """Slices of x along axis: iOS15.scatter_gather, iOS16 (batch_dims)."""
     return _gather(x, indices, axis, batch_dims, negative=True)
 
@@ -70,35 +75,33 @@ def gather_15(
 def gather(
     x: Tensor | Constant,
     indices: Tensor,
-    axis: Tensor | int = 0,
-    batch_dims: Tensor | int = 0,
-    validate_indices: Tensor | bool = False,
+    axis: Size = 0,
+    batch_dims: Size = 0,
+    validate_indices: Size = False,
 ) -> Tensor:
     """Slices of x along axis: iOS17.scatter_gather."""
     return _gather(x, indices, axis, batch_dims, negative=False)
 
 
-def _gather_along_axis(x: Tensor, indices: Tensor, axis: Any, *, negative: bool) -> Tensor:
+def _gather_along_axis(x: Tensor, indices: Tensor, axis: Size, *, negative: bool) -> Tensor:
     dim = axis_of(axis, x.dim())
     index = _checked(indices, x.shape[dim], negative=negative)
     return _moved(lambda t: t.gather(dim, index), x)
 
 
 @operator("gather_along_axis")
-def gather_along_axis_15(x: Tensor, indices: Tensor, axis: Tensor | int = 0) -> Tensor:
+def gather_along_axis_15(x: Tensor, indices: Tensor, axis: Size = 0) -> Tensor:
     """``x[.., indices[.., i, ..], ..]``: iOS15.scatter_gather."""
     return _gather_along_axis(x, indices, axis, negative=True)
 
 
 @operator("gather_along_axis", since=17)
-def gather_along_axis(
-    x: Tensor, indices: Tensor, axis: Tensor | int = 0, validate_indices: Tensor | bool = False
-) -> Tensor:
+def gather_along_axis(x: Tensor, indices: Tensor, axis: Size = 0, validate_indices: Size = False) -> Tensor:
     """``x[.., indices[.., i, ..], ..]``: iOS17.scatter_gather."""
     return _gather_along_axis(x, indices, axis, negative=False)
 
 
-def _gather_nd(x: Tensor, indices: Tensor, batch_dims: Any, *, negative: bool) -> Tensor:
+def _gather_nd(x: Tensor, indices: Tensor, batch_dims: Size, *, negative: bool) -> Tensor:
     batch, depth = int(batch_dims), indices.shape[-1] if indices.dim() else 0
     if (
         not depth
@@ -118,15 +121,13 @@ def _gather_nd(x: Tensor, indices: Tensor, batch_dims: Any, *, negative: bool) -
 
 
 @operator("gather_nd")
-def gather_nd_15(x: Tensor, indices: Tensor, batch_dims: Tensor | int = 0) -> Tensor:
+def gather_nd_15(x: Tensor, indices: Tensor, batch_dims: Size = 0) -> Tensor:
     """``x[indices[i]]`` for each i: iOS15.scatter_gather, iOS16 (batch_dims)."""
     return _gather_nd(x, indices, batch_dims, negative=True)
 
 
 @operator("gather_nd", since=17)
-def gather_nd(
-    x: Tensor, indices: Tensor, batch_dims: Tensor | int = 0, validate_indices: Tensor | bool = False
-) -> Tensor:
+def gather_nd(x: Tensor, indices: Tensor, batch_dims: Size = 0, validate_indices: Size = False) -> Tensor:
     """``x[indices[i]]`` for each i: iOS17.scatter_gather."""
     return _gather_nd(x, indices, batch_dims, negative=False)
 
@@ -157,7 +158,7 @@ def _positions(data: Tensor) -> Tensor:
 
 
 def _scatter(
-    data: Tensor, indices: Tensor, updates: Tensor, axis: Any, mode: str, *, negative: bool
+    data: Tensor, indices: Tensor, updates: Tensor, axis: Size, mode: str, *, negative: bool
 ) -> Tensor:
     dim = axis_of(axis, data.dim())
     index = _checked(indices, data.shape[dim], negative=negative)
@@ -168,7 +169,7 @@ def _scatter(
 
 @operator("scatter")
 def scatter_15(
-    data: Tensor, indices: Tensor, updates: Tensor, axis: Tensor | int = 0, mode: str = "update"
+    data: Tensor, indices: Tensor, updates: Tensor, axis: Size = 0, mode: str = "update"
 ) -> Tensor:
     """``data`` with slices along axis replaced or combined: iOS15.scatter_gather."""
     return _scatter(data, indices, updates, axis, mode, negative=True)
@@ -179,16 +180,16 @@ def scatter(
     data: Tensor,
     indices: Tensor,
     updates: Tensor,
-    axis: Tensor | int = 0,
+    axis: Size = 0,
     mode: str = "update",
-    validate_indices: Tensor | bool = False,
+    validate_indices: Size = False,
 ) -> Tensor:
     """``data`` with slices along axis replaced or combined: iOS17.scatter_gather."""
     return _scatter(data, indices, updates, axis, mode, negative=False)
 
 
 def _scatter_along_axis(
-    data: Tensor, indices: Tensor, updates: Tensor, axis: Any, mode: str, *, negative: bool
+    data: Tensor, indices: Tensor, updates: Tensor, axis: Size, mode: str, *, negative: bool
 ) -> Tensor:
     dim = axis_of(axis, data.dim())
     index = _checked(indices, data.shape[dim], negative=negative)
@@ -197,7 +198,7 @@ def _scatter_along_axis(
 
 @operator("scatter_along_axis")
 def scatter_along_axis_15(
-    data: Tensor, indices: Tensor, updates: Tensor, axis: Tensor | int = 0, mode: str = "add"
+    data: Tensor, indices: Tensor, updates: Tensor, axis: Size = 0, mode: str = "add"
 ) -> Tensor:
     """``data[.., indices[.., i, ..], ..]`` replaced or combined: iOS15.scatter_gather."""
     return _scatter_along_axis(data, indices, updates, axis, mode, negative=True)
@@ -208,9 +209,9 @@ def scatter_along_axis(
     data: Tensor,
     indices: Tensor,
     updates: Tensor,
-    axis: Tensor | int = 0,
+    axis: Size = 0,
     mode: str = "add",
-    validate_indices: Tensor | bool = False,
+    validate_indices: Size = False,
 ) -> Tensor:
     """``data[.., indices[.., i, ..], ..]`` replaced or combined: iOS17.scatter_gather."""
     return _scatter_along_axis(data, indices, updates, axis, mode, negative=False)
@@ -224,7 +225,7 @@ def scatter_nd_15(data: Tensor, indices: Tensor, updates: Tensor, mode: str = "a
 
 @operator("scatter_nd", since=17)
 def scatter_nd(
-    data: Tensor, indices: Tensor, updates: Tensor, mode: str = "add", validate_indices: Tensor | bool = False
+    data: Tensor, indices: Tensor, updates: Tensor, mode: str = "add", validate_indices: Size = False
 ) -> Tensor:
     """``data[indices[i]]`` replaced or combined: iOS17.scatter_gather."""
     return _scattered(data, _gather_nd(_positions(data), indices, 0, negative=False), updates, mode)

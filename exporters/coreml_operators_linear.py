@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_operators import ints, operator, same_type, wide
+from slm_export.exporters.coreml_operators import Size, Sizes, ints, operator, same_type, wide
 from slm_export.exporters.coreml_operators_constant import Constant, dense
 
 
@@ -41,8 +41,8 @@ def _product(x: Tensor, weight: Tensor | Constant, bias: Tensor | None) -> Tenso
 def matmul(
     x: Tensor | Constant,
     y: Tensor | Constant,
-    transpose_x: Tensor | bool = False,
-    transpose_y: Tensor | bool = False,
+    transpose_x: Size = False,
+    transpose_y: Size = False,
 ) -> Tensor:
     """Batched matrix product with NumPy's broadcasting: iOS15.linear, iOS17.linear (a constant of another type)."""
     if isinstance(x, Tensor) and isinstance(y, Constant) and len(y.shape) == 2 and transpose_y:
@@ -106,10 +106,10 @@ def conv(
     x: Tensor,
     weight: Tensor | Constant,
     pad_type: str = "valid",
-    strides: Tensor | None = None,
-    pad: Tensor | None = None,
-    dilations: Tensor | None = None,
-    groups: Tensor | int = 1,
+    strides: Sizes | None = None,
+    pad: Sizes | None = None,
+    dilations: Sizes | None = None,
+    groups: Size = 1,
     bias: Tensor | None = None,
 ) -> Tensor:
     """Convolution over one to three dimensions: iOS15.conv, iOS17.conv (weight and bias of another type)."""
@@ -136,7 +136,7 @@ def conv(
 
 
 def _padding(
-    type: str, pad: Tensor | None, sizes: list[int], reach: list[int], stride: list[int]
+    type: str, pad: Sizes | None, sizes: list[int], reach: list[int], stride: list[int]
 ) -> list[int]:
     """Return what to add before and after each dimension, the last dimension first, as torch has it.
 

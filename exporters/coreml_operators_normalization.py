@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_operators import axes_of, operator, wide
+from slm_export.exporters.coreml_operators import Size, Sizes, axes_of, operator, wide
 
 
 @operator("layer_norm")
 def layer_norm(
     x: Tensor,
-    axes: Tensor | None = None,
+    axes: Sizes | None = None,
     gamma: Tensor | None = None,
     beta: Tensor | None = None,
     epsilon: Tensor | float = 1e-5,
@@ -68,7 +68,7 @@ def l2_norm(x: Tensor, epsilon: Tensor | float = 1e-6) -> Tensor:
 @operator("local_response_norm")
 def local_response_norm(
     x: Tensor,
-    size: Tensor | int,
+    size: Size,
     alpha: Tensor | float = 1e-4,
     beta: Tensor | float = 0.75,
     k: Tensor | float = 1.0,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_operators import add, axes_of, axis_of, operator, wide
+from slm_export.exporters.coreml_operators import Size, Sizes, add, axes_of, axis_of, operator, wide
 from slm_export.exporters.coreml_package_blob import BY_NAME
 
 
@@ -36,7 +36,7 @@ _REDUCTIONS: dict[str, Callable[[Tensor, list[int], bool], Tensor]] = {
 
 
 def _reduction(function: Callable[[Tensor, list[int], bool], Tensor]) -> Callable[..., Tensor]:
-    def run(x: Tensor, axes: Tensor | None = None, keep_dims: Tensor | bool = False) -> Tensor:
+    def run(x: Tensor, axes: Sizes | None = None, keep_dims: Size = False) -> Tensor:
         # Integers in float64, which holds every int32; a fraction is dropped with the cast back.
         value = wide(x) if x.dtype.is_floating_point else x.double()
         return function(value, axes_of(axes, x.dim()), bool(keep_dims)).to(x.dtype)
@@ -48,9 +48,7 @@ for _kind, _function in _REDUCTIONS.items():
     add(_kind, _reduction(_function))
 
 
-def _arg(
-    x: Tensor, axis: Tensor | int, keep_dims: Tensor | bool, output_dtype: str, *, largest: bool
-) -> Tensor:
+def _arg(x: Tensor, axis: Size, keep_dims: Size, output_dtype: str, *, largest: bool) -> Tensor:
     if output_dtype not in ("int32", "uint16"):
         raise InputError(f"returns int32 or uint16, not '{output_dtype}'")
     find = torch.argmax if largest else torch.argmin
@@ -59,25 +57,19 @@ def _arg(
 
 
 @operator("reduce_argmax")
-def reduce_argmax(
-    x: Tensor, axis: Tensor | int = -1, keep_dims: Tensor | bool = False, output_dtype: str = "int32"
-) -> Tensor:
+def reduce_argmax(x: Tensor, axis: Size = -1, keep_dims: Size = False, output_dtype: str = "int32") -> Tensor:
     """Index of the greatest element along axis: iOS15.reduction, iOS17.reduction (output_dtype)."""
     return _arg(x, axis, keep_dims, output_dtype, largest=True)
 
 
 @operator("reduce_argmin")
-def reduce_argmin(
-    x: Tensor, axis: Tensor | int = -1, keep_dims: Tensor | bool = False, output_dtype: str = "int32"
-) -> Tensor:
+def reduce_argmin(x: Tensor, axis: Size = -1, keep_dims: Size = False, output_dtype: str = "int32") -> Tensor:
     """Index of the least element along axis: iOS15.reduction, iOS17.reduction (output_dtype)."""
     return _arg(x, axis, keep_dims, output_dtype, largest=False)
 
 
 @operator("cumsum")
-def cumsum(
-    x: Tensor, axis: Tensor | int = 0, exclusive: Tensor | bool = False, reverse: Tensor | bool = False
-) -> Tensor:
+def cumsum(x: Tensor, axis: Size = 0, exclusive: Size = False, reverse: Size = False) -> Tensor:
     """Running sum along axis, from its end where reversed, without the element itself where exclusive:
     iOS15.tensor_operation.
     """
@@ -91,7 +83,7 @@ def cumsum(
 
 
 @operator("argsort")
-def argsort(x: Tensor, axis: Tensor | int = -1, ascending: Tensor | bool = False) -> Tensor:
+def argsort(x: Tensor, axis: Size = -1, ascending: Size = False) -> Tensor:
     """Indices that sort along axis: iOS15.tensor_operation."""
     return torch.argsort(wide(x), dim=axis_of(axis, x.dim()), descending=not ascending, stable=True).to(
         torch.int32
@@ -101,11 +93,11 @@ def argsort(x: Tensor, axis: Tensor | int = -1, ascending: Tensor | bool = False
 @operator("topk")
 def topk(
     x: Tensor,
-    k: Tensor | int = 1,
-    axis: Tensor | int = -1,
-    ascending: Tensor | bool = False,
-    sort: Tensor | bool = True,
-    return_indices: Tensor | bool = True,
+    k: Size = 1,
+    axis: Size = -1,
+    ascending: Size = False,
+    sort: Size = True,
+    return_indices: Size = True,
     output_indices_dtype: str = "int32",
 ) -> tuple[Tensor, ...]:
     """The k greatest (ascending: least) elements along axis, sorted, and their indices; k -1 is all of them:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_operators import axes_of, axis_of, bounded, ints, operator
+from slm_export.exporters.coreml_operators import Size, Sizes, axes_of, axis_of, bounded, ints, operator
 
 
 @operator("identity", view=True)
@@ -21,7 +21,7 @@ def identity(x: Tensor) -> Tensor:
 
 
 @operator("reshape", view=True)
-def reshape_15(x: Tensor, shape: Tensor) -> Tensor:
+def reshape_15(x: Tensor, shape: Sizes) -> Tensor:
     """``x`` in another shape; 0 keeps a dimension where ranks are equal, -1 is what is left: iOS15."""
     sizes = ints(shape)
     if 0 in sizes and len(sizes) != x.dim():
@@ -32,7 +32,7 @@ def reshape_15(x: Tensor, shape: Tensor) -> Tensor:
 
 
 @operator("reshape", since=17, view=True)
-def reshape(x: Tensor, shape: Tensor) -> Tensor:
+def reshape(x: Tensor, shape: Sizes) -> Tensor:
     """``x`` in another shape; 0 keeps the dimension as counted from the end (1 beyond x), -1 is what is left: iOS17."""
     sizes = ints(shape)
     return _reshaped(
@@ -67,7 +67,7 @@ def reshape_like(
 
 
 @operator("expand_dims", view=True)
-def expand_dims(x: Tensor, axes: Tensor) -> Tensor:
+def expand_dims(x: Tensor, axes: Sizes) -> Tensor:
     """``x`` with dimensions of size 1 at axes of the result: iOS15.tensor_transformation."""
     places = axes_of(axes, x.dim() + len(ints(axes)))
     if len(set(places)) != len(places):
@@ -78,13 +78,13 @@ def expand_dims(x: Tensor, axes: Tensor) -> Tensor:
 
 
 @operator("squeeze", view=True)
-def squeeze(x: Tensor, axes: Tensor | None = None) -> Tensor:
+def squeeze(x: Tensor, axes: Sizes | None = None) -> Tensor:
     """``x`` without those of its dimensions (or of axes) that have size 1: iOS15.tensor_transformation."""
     return x.squeeze() if axes is None else x.squeeze(axes_of(axes, x.dim()))
 
 
 @operator("flatten2d", view=True)
-def flatten2d(x: Tensor, axis: Tensor | int = 1) -> Tensor:
+def flatten2d(x: Tensor, axis: Size = 1) -> Tensor:
     """``x`` as a matrix, dimensions before axis by those from it: iOS15.tensor_operation."""
     place = int(axis) + (x.dim() if int(axis) < 0 else 0)
     if not 0 <= place <= x.dim():
@@ -93,26 +93,27 @@ def flatten2d(x: Tensor, axis: Tensor | int = 1) -> Tensor:
 
 
 @operator("transpose", view=True)
-def transpose(x: Tensor, perm: Tensor) -> Tensor:
+def transpose(x: Tensor, perm: Sizes) -> Tensor:
     """``x`` with its dimensions in the order perm: iOS15.tensor_transformation."""
     return x.permute(axes_of(perm, x.dim()))
 
 
 @operator("reverse")
-def reverse(x: Tensor, axes: Tensor | None = None) -> Tensor:
+def reverse(x: Tensor, axes: Sizes | None = None) -> Tensor:
     """``x`` backwards along axes, or along all: iOS15.tensor_transformation."""
     return x.flip(axes_of(axes, x.dim()))
 
 
 @operator("concat")
-def concat(values: Sequence[Tensor], axis: Tensor, interleave: Tensor | bool = False) -> Tensor:
+def concat(values: Sequence[Tensor], axis: Size, interleave: Size = False) -> Tensor:
     """Tensors one after the other along axis, or element by element in turn: iOS15.tensor_operation.
 
     Scalars count as vectors of one element; the page leaves that out, but every shape that is computed is put
     together so.
     """
     _same_types(values)
-    values = [value.reshape(1) for value in values] if not values[0].dim() else values
+    if not values[0].dim():
+        return torch.stack(list(values))
     dim = axis_of(axis, values[0].dim())
     if not interleave:
         return torch.cat(list(values), dim)
@@ -120,14 +121,15 @@ def concat(values: Sequence[Tensor], axis: Tensor, interleave: Tensor | bool = F
 
 
 @operator("stack")
-def stack(values: Sequence[Tensor], axis: Tensor) -> Tensor:
+def stack(values: Sequence[Tensor], axis: Size) -> Tensor:
     """Tensors of one shape along a new axis: iOS15.tensor_operation."""
     _same_types(values)
     return torch.stack(list(values), axis_of(axis, values[0].dim() + 1))
 
 
 def _same_types(values: Sequence[Tensor]) -> None:
-    if len({value.dtype for value in values}) != 1 or len({value.dim() for value in values}) != 1:
+    dtype, rank = values[0].dtype, values[0].dim()
+    if any(value.dtype is not dtype or value.dim() != rank for value in values):
         raise InputError(
             f"takes tensors of one type and rank, not {[(v.dtype, list(v.shape)) for v in values]}"
         )
@@ -135,7 +137,7 @@ def _same_types(values: Sequence[Tensor]) -> None:
 
 @operator("split", view=True)
 def split(
-    x: Tensor, axis: Tensor, num_splits: Tensor | None = None, split_sizes: Tensor | None = None
+    x: Tensor, axis: Size, num_splits: Size | None = None, split_sizes: Sizes | None = None
 ) -> tuple[Tensor, ...]:
     """``x`` in pieces along axis: iOS15.tensor_operation."""
     dim = axis_of(axis, x.dim())
@@ -150,18 +152,21 @@ def split(
     return torch.split(x, sizes, dim)
 
 
-@operator("tile")
-def tile(x: Tensor, reps: Tensor) -> Tensor:
+@operator("tile", view=True)
+def tile(x: Tensor, reps: Sizes) -> Tensor:
     """``x`` repeated along each of its dimensions: iOS15.tensor_operation."""
     times = ints(reps)
     if len(times) != x.dim():
         raise InputError(f"repetitions {times} for x {list(x.shape)}")
-    bounded([size * time for size, time in zip(x.shape, times, strict=True)])
+    shape = bounded([size * time for size, time in zip(x.shape, times, strict=True)])
+    # What is repeated as a whole needs no copy of its own.
+    if all(size == 1 or time == 1 for size, time in zip(x.shape, times, strict=True)):
+        return x.expand(shape)
     return x.repeat(times)
 
 
 @operator("pad")
-def pad(x: Tensor, pad: Tensor, mode: str = "constant", constant_val: Tensor | float = 0.0) -> Tensor:
+def pad(x: Tensor, pad: Sizes, mode: str = "constant", constant_val: Tensor | float = 0.0) -> Tensor:
     """``x`` with elements added before and after its last dimensions: iOS15.tensor_operation."""
     amounts = ints(pad)
     first = x.dim() - len(amounts) // 2
@@ -192,7 +197,7 @@ def pad(x: Tensor, pad: Tensor, mode: str = "constant", constant_val: Tensor | f
 
 
 @operator("sliding_windows")
-def sliding_windows(x: Tensor, axis: Tensor, size: Tensor, stride: Tensor | int = 1) -> Tensor:
+def sliding_windows(x: Tensor, axis: Size, size: Size, stride: Size = 1) -> Tensor:
     """All windows of size along axis, stride apart, in a new dimension after it: iOS15.tensor_transformation."""
     dim = axis_of(axis, x.dim())
     return x.unfold(dim, int(size), int(stride)).movedim(-1, dim + 1).clone()

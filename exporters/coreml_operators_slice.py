@@ -5,20 +5,21 @@ Slices mean what NumPy's do: indices count from the end where negative, and end 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_operators import ints, operator
+from slm_export.exporters.coreml_operators import Sizes, ints, operator
 
 
 def _slices(
     x: Tensor,
-    begin: Tensor,
-    end: Tensor,
-    stride: Tensor | None,
-    begin_mask: Tensor | None,
-    end_mask: Tensor | None,
-    squeeze_mask: Tensor | None,
+    begin: Sizes,
+    end: Sizes,
+    stride: Sizes | None,
+    begin_mask: Sizes | None,
+    end_mask: Sizes | None,
+    squeeze_mask: Sizes | None,
 ) -> tuple[tuple[int | slice, ...], list[int]]:
     """Return what to index x with, and the dimensions of the result that are to be read backwards."""
     rank = x.dim()
@@ -56,12 +57,12 @@ def _slices(
 @operator("slice_by_index", view=True)
 def slice_by_index(
     x: Tensor,
-    begin: Tensor,
-    end: Tensor,
-    stride: Tensor | None = None,
-    begin_mask: Tensor | None = None,
-    end_mask: Tensor | None = None,
-    squeeze_mask: Tensor | None = None,
+    begin: Sizes,
+    end: Sizes,
+    stride: Sizes | None = None,
+    begin_mask: Sizes | None = None,
+    end_mask: Sizes | None = None,
+    squeeze_mask: Sizes | None = None,
 ) -> Tensor:
     """``x[begin : end : stride, ...]``; a mask leaves begin or end out, or takes begin alone: iOS15, iOS17."""
     index, backwards = _slices(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)
@@ -70,7 +71,7 @@ def slice_by_index(
 
 
 @operator("slice_by_size", view=True)
-def slice_by_size(x: Tensor, begin: Tensor, size: Tensor) -> Tensor:
+def slice_by_size(x: Tensor, begin: Sizes, size: Sizes) -> Tensor:
     """``x[begin : begin + size, ...]``; size -1 is all that is left: iOS15.tensor_transformation, iOS17."""
     starts, sizes = ints(begin), ints(size)
     if not len(starts) == len(sizes) == x.dim():
@@ -89,12 +90,12 @@ def slice_by_size(x: Tensor, begin: Tensor, size: Tensor) -> Tensor:
 def slice_update(
     x: Tensor,
     update: Tensor,
-    begin: Tensor,
-    end: Tensor,
-    stride: Tensor | None = None,
-    begin_mask: Tensor | None = None,
-    end_mask: Tensor | None = None,
-    squeeze_mask: Tensor | None = None,
+    begin: Sizes,
+    end: Sizes,
+    stride: Sizes | None = None,
+    begin_mask: Sizes | None = None,
+    end_mask: Sizes | None = None,
+    squeeze_mask: Sizes | None = None,
     *,
     in_place: bool = False,
 ) -> Tensor:
@@ -103,7 +104,8 @@ def slice_update(
     Given   in_place: x itself is changed, because nothing else will ever look at it
     """
     index, backwards = _slices(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)
-    result = x if in_place else x.clone()
+    # What `tile` made without a copy has one element in many places.
+    result = x if in_place and 0 not in x.stride() else x.clone(memory_format=torch.contiguous_format)
     place = result[index]
     if place.shape != update.shape or x.dtype != update.dtype:
         raise InputError(

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_operators import axis_of, bounded, ints, operator, same_type, wide
+from slm_export.exporters.coreml_operators import (
+    Size,
+    Sizes,
+    axis_of,
+    bounded,
+    ints,
+    operator,
+    same_type,
+    wide,
+)
 from slm_export.exporters.coreml_package_blob import BY_NAME
 
 
@@ -19,7 +28,7 @@ def shape(x: Tensor) -> Tensor:
 
 
 @operator("fill")
-def fill(shape: Tensor, value: Tensor | float = 0.0) -> Tensor:
+def fill(shape: Sizes, value: Tensor | float = 0.0) -> Tensor:
     """A tensor of a shape that is value everywhere: iOS15.tensor_operation."""
     return _filled(ints(shape), value)
 
@@ -55,8 +64,8 @@ def range_1d(start: Tensor, end: Tensor, step: Tensor) -> Tensor:
 @operator("one_hot")
 def one_hot(
     indices: Tensor,
-    one_hot_vector_size: Tensor,
-    axis: Tensor | int = -1,
+    one_hot_vector_size: Size,
+    axis: Size = -1,
     on_value: Tensor | int = 1,
     off_value: Tensor | int = 0,
 ) -> Tensor:
@@ -80,7 +89,7 @@ def non_zero(x: Tensor) -> Tensor:
 
 
 @operator("band_part")
-def band_part(x: Tensor, lower: Tensor | int = -1, upper: Tensor | int = -1) -> Tensor:
+def band_part(x: Tensor, lower: Size = -1, upper: Size = -1) -> Tensor:
     """``x`` with 0 outside of a band around the diagonal of its last two dimensions: iOS15.tensor_operation."""
     below = torch.arange(x.shape[-2]).unsqueeze(1) - torch.arange(x.shape[-1])
     inside = torch.ones_like(below, dtype=torch.bool)
@@ -97,7 +106,7 @@ def quantize(
     scale: Tensor,
     output_dtype: str,
     zero_point: Tensor | None = None,
-    axis: Tensor | None = None,
+    axis: Size | None = None,
 ) -> Tensor:
     """``round(input / scale) + zero_point`` held within uint8 or int8: iOS17.quantization_ops."""
     if output_dtype not in ("int8", "uint8"):
@@ -111,7 +120,7 @@ def quantize(
 
 @operator("dequantize", since=17)
 def dequantize(
-    input: Tensor, scale: Tensor, zero_point: Tensor | None = None, axis: Tensor | None = None
+    input: Tensor, scale: Tensor, zero_point: Tensor | None = None, axis: Size | None = None
 ) -> Tensor:
     """``scale * (input - zero_point)``: iOS17.quantization_ops."""
     codes = input.float()
@@ -120,7 +129,7 @@ def dequantize(
     return (codes * _along(scale, input, axis)).to(scale.dtype)
 
 
-def _along(values: Tensor, x: Tensor, axis: Tensor | None) -> Tensor:
+def _along(values: Tensor, x: Tensor, axis: Size | None) -> Tensor:
     if not values.dim():
         return values.float()
     if axis is None or values.dim() > 1 or len(values) != x.shape[axis_of(axis, x.dim())]:

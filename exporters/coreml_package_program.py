@@ -46,7 +46,7 @@ class TensorType:
         """Return whether a tensor of this shape is of this type."""
         return self.shape is None or (
             len(shape) == len(self.shape)
-            and all(known is None or known == size for known, size in zip(self.shape, shape, strict=True))
+            and not any(known not in (None, size) for known, size in zip(self.shape, shape, strict=True))
         )
 
     def __str__(self) -> str:
