@@ -43,9 +43,10 @@ _SHARED = {"coreml": "coreml/CompiledModel.swift", "executorch": "executorch/Pro
 _KERNELS = ("executorch", "backend_xnnpack", "kernels_llm", "kernels_optimized", "kernels_quantized")
 
 _TAKEN = frozenset(
-    {"coreml", "executorch", "foundation", "hub", "tokenizers", "languagemodel", "textencoder"}
+    {"coreml", "executorch", "foundation", "hub", "tokenizers", "languagemodel", "textencoder", "model"}
 )
-"""Modules that the code imports, and its own types: a module of that name could not be told from them."""
+"""Modules that the code imports, its own types, and the class that Xcode makes of Model.mlpackage: a module of that
+name could not be told from them."""
 
 _DOCUMENTS = (MANIFEST, SBOM, "report.json", "report.html")
 
@@ -105,7 +106,7 @@ def module_name(model: str) -> str:
     parts = re.findall(r"[A-Za-z0-9]+", model)
     name = "".join(part[0].upper() + part[1:] for part in parts)
     if not name or name[0].isdigit() or name.lower() in _TAKEN:
-        name = f"Model{name}"
+        name = f"Model{name or 'Model'}"
     return name
 
 

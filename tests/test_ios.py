@@ -76,12 +76,15 @@ def make(tmp_path: Path, pycode: Path, minilm: Path) -> Make:
         name: str = "pycode-5m",
         size: int = 10_000_000,
         coreml: CoreML | None = None,
+        template: str | None = None,
     ) -> Path:
         model = pycode if task == GENERATION else minilm
         folder = tmp_path / "bundle"
         folder.mkdir()
         tokenizer, target = loaded(model), Ios()
         target.bundle(tokenizer, folder)
+        if template:
+            (folder / "tokenizer" / "chat_template.jinja").write_text(template)
         config = AutoConfig.from_pretrained(model)
         parts = tuple(artifact(folder, format, task, size, config) for format in formats)
         facts = ModelFacts(name, "X", task, 1, "0" * 64, 1)
@@ -242,7 +245,8 @@ def test_the_encoder_speaks_of_executorch_in_the_exporters_words() -> None:
         ("core_ml", "ModelCoreMl"),
         ("CoreML", "ModelCoreML"),
         ("tokenizers", "ModelTokenizers"),
-        ("模型", "Model"),
+        ("model", "ModelModel"),
+        ("模型", "ModelModel"),
     ],
 )
 def test_a_module_is_named_after_its_model(model: str, module: str) -> None:
@@ -286,6 +290,11 @@ def test_the_tokenizer_is_told_to_swift_by_what_it_is(make: Make, pycode: Path) 
     assert decoder["tokenizer_class"] == "PreTrainedTokenizer"
     assert decoder["clean_up_tokenization_spaces"] is False
     assert decoder["bos_token"] == json.loads((pycode / "tokenizer_config.json").read_text())["bos_token"]
+
+
+def test_a_chat_template_is_among_the_resources(make: Make) -> None:
+    manifest = (make(template="{{ messages }}") / "Package.swift").read_text()
+    assert "tokenizer/chat_template.jinja" in listed(manifest, "resources")
 
 
 def test_a_wordpiece_tokenizer_takes_its_case_from_the_normalizer(make: Make) -> None:
