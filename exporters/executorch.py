@@ -47,6 +47,7 @@ class ExecuTorchExporter:
     """Writes and opens ``.pte`` programs."""
 
     name: ClassVar[str] = "executorch"
+    elsewhere: ClassVar[str | None] = None
     packages: ClassVar[tuple[str, ...]] = ("executorch",)
 
     def file(self, task: str) -> str:

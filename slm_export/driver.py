@@ -241,9 +241,11 @@ def _judge(
         checks += judged.checks
     if plan.request.bench:
         with progress.stage(f"measure {artifact.format}"):
-            latency = plan.target.benchmark(artifact.path, artifact.format, subject.task)
+            if subject.exporter.elsewhere is None:
+                latency = plan.target.benchmark(artifact.path, artifact.format, subject.task)
             delegation = subject.exporter.delegation(artifact.path)
-        checks += checks_of(latency, subject.gates, {})
+        if latency is not None:
+            checks += checks_of(latency, subject.gates, {})
     return FormatResult(artifact, judged.quality, checks, latency, delegation), judged
 
 

@@ -57,7 +57,7 @@ def judge_artifact(
             verdict = _judge_tokenizer(subject)
         quality: Quality
         if isinstance(session, DecoderSession):
-            checks = _self_checks(subject, session)
+            checks, notes = _self_checks(subject, session)
             with progress.stage(f"verify {name}", total=TOKENS) as stage:
                 quality, more = fidelity.judge_decoder(
                     references,
@@ -70,7 +70,7 @@ def judge_artifact(
                 )
         else:
             assert isinstance(session, EncoderSession)
-            checks = ()
+            checks, notes = (), _elsewhere(subject)
             # Whole documents too: they fill the longest input.
             texts = (*load_sentences(), *sorted(subject.documents, key=len)[-_LONG_TEXTS:])
             with progress.stage(f"verify {name}", total=len(texts)) as stage:
@@ -84,7 +84,7 @@ def judge_artifact(
                     stage.advance,
                 )
         traced = _trace(subject, session) if trace else None
-        return Judgement((*more, codes, *checks, *verdict.checks), verdict.notes, quality, traced)
+        return Judgement((*more, codes, *checks, *verdict.checks), (*notes, *verdict.notes), quality, traced)
     finally:
         session.close()
 
@@ -94,20 +94,34 @@ def self_check(subject: Subject, *, trace: bool = False) -> Judgement:
     session = subject.exporter.open(subject.path, subject.task)
     try:
         verdict = _judge_tokenizer(subject)
-        checks = _self_checks(subject, session) if isinstance(session, DecoderSession) else ()
+        checks: tuple[Check, ...] = ()
+        notes = _elsewhere(subject)
+        if isinstance(session, DecoderSession):
+            checks, notes = _self_checks(subject, session)
         traced = _trace(subject, session) if trace else None
-        return Judgement((*checks, *verdict.checks), verdict.notes, trace=traced)
+        return Judgement((*checks, *verdict.checks), (*notes, *verdict.notes), trace=traced)
     finally:
         session.close()
 
 
-def _self_checks(subject: Subject, session: DecoderSession) -> tuple[Check, ...]:
+def _self_checks(subject: Subject, session: DecoderSession) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+    """Return checks of a decoder that need no source, and notes on those that cannot be made here."""
+    stops = fidelity.judge_stop_tokens(session.stop_ids, subject.tokenizer.stop_ids)
+    if subject.exporter.elsewhere:
+        return (stops,), _elsewhere(subject)
     prompt = " ".join(subject.documents[0].split()[:12])
+    text = judge_vendor_text(
+        subject.exporter, subject.path, subject.runner_tokenizer, subject.tokenizer, session, prompt
+    )
+    return (stops, text), ()
+
+
+def _elsewhere(subject: Subject) -> tuple[str, ...]:
+    if not (reason := subject.exporter.elsewhere):
+        return ()
     return (
-        fidelity.judge_stop_tokens(session.stop_ids, subject.tokenizer.stop_ids),
-        judge_vendor_text(
-            subject.exporter, subject.path, subject.runner_tokenizer, subject.tokenizer, session, prompt
-        ),
+        f"{reason}: the file was executed operator by operator as its specification says; the vendor's runtime was "
+        "not asked, and no speed was measured",
     )
 
 

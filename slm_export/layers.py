@@ -5,7 +5,7 @@ put together from what comes out.
 
     layers_of     the layers, where all have weights of the same names, shapes and bits
     check_alike   whether the modules of all layers have the same settings
-    keep_kinds    a decoder with one layer of every kind: enough to see which operators it is made of
+    keep_kinds    a model with one layer of every kind: enough to see which operators it is made of
     hollow        a checkpoint whose matrices take no memory: what is left tells settings, vectors and caches
 """
 
@@ -82,11 +82,15 @@ def check_alike(module: nn.Module, layers: Layers) -> None:
             raise CannotStamp(f"layer {index} differs from layer 0 in {differing[:3]}")
 
 
-def keep_kinds(decoder: nn.Module) -> list[int]:
-    """Leave of a decoder's layers the first of every kind; return which those are."""
-    lists = {path: part for path, part in decoder.named_modules() if isinstance(part, nn.ModuleList)}
-    path = max(lists, key=lambda path: len(lists[path]), default=None)
-    if path is None:
+def keep_kinds(model: nn.Module) -> list[int]:
+    """Leave of a model's layers the first of every kind; return which those are.
+
+    Lists that a model goes through side by side (FlauBERT's attentions and norms) are left as they are.
+    """
+    lists = {path: part for path, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+    path = max(lists, key=lambda path: len(lists[path]), default="")
+    beside = [other for other in lists if other.rpartition(".")[0] == path.rpartition(".")[0]]
+    if len(beside) != 1:
         return []
     kinds: list[dict[str, Any]] = []
     kept = []
@@ -94,7 +98,7 @@ def keep_kinds(decoder: nn.Module) -> list[int]:
         if (settings := _settings(layer)) not in kinds:
             kinds.append(settings)
             kept.append(index)
-    decoder.set_submodule(path, nn.ModuleList(lists[path][index] for index in kept))
+    model.set_submodule(path, nn.ModuleList(lists[path][index] for index in kept))
     return kept
 
 

@@ -27,7 +27,7 @@ def facts_of(source: Checkpoint, context: int) -> ModelFacts:
         parameters=source.parameters,
         source_sha256=source_sha256(source.folder),
         source_bytes=source.bytes,
-        licence=_licence(source.folder / "README.md"),
+        licence=licence_of(source),
         context=context,
     )
 
@@ -79,8 +79,9 @@ def runtime_facts(
     return facts
 
 
-def _licence(card: Path) -> str | None:
+def licence_of(source: Checkpoint) -> str | None:
     """Return the licence that a model card's front matter names."""
+    card = source.folder / "README.md"
     if not card.is_file():
         return None
     front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slm_export.checksums import sha256_file
+from slm_export.checksums import sha256_file, size_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def written(
     data: tuple[Path, ...] = (),
 ) -> Artifact:
     """Return a finished artifact: its size, with data beside it, and its hash."""
-    size = sum(file.stat().st_size for file in (path, *data))
+    size = sum(map(size_of, (path, *data)))
     return Artifact(path, format, size, sha256_file(path), 8 * size / parameters, signatures, data)
 
 

@@ -25,7 +25,7 @@ def make_traceable(model: nn.Module, context: int) -> None:
     for path, child in list(model.named_modules()):
         kind = getattr(child, "rope_type", None)
         if kind == "longrope":
-            model.set_submodule(path, _LongRope(child))
+            model.set_submodule(path, LongRope(child))
         elif isinstance(kind, str) and "dynamic" in kind:
             if context > child.original_max_seq_len:
                 raise InputError(
@@ -33,22 +33,24 @@ def make_traceable(model: nn.Module, context: int) -> None:
                     "was trained on, and its dynamic RoPE scaling beyond them cannot be exported; "
                     "give a smaller --context"
                 )
-            model.set_submodule(path, _Fixed(child))
+            model.set_submodule(path, FixedRope(child, child.inv_freq))
         elif isinstance(kind, dict) and {"longrope", "dynamic"} & set(kind.values()):
             raise InputError(
                 f"RoPE that differs by layer and depends on the length ({kind}) cannot be exported yet"
             )
 
 
-class _Fixed(nn.Module):
-    def __init__(self, rope: nn.Module) -> None:
+class FixedRope(nn.Module):
+    """Frequencies that stay what they are."""
+
+    def __init__(self, rope: nn.Module, frequencies: Tensor) -> None:
         super().__init__()
-        frequencies: Any = rope.inv_freq
         self.register_buffer("inv_freq", frequencies)
         self._scaling = rope.attention_scaling
         self._formula = inspect.unwrap(type(rope).forward)
 
     def forward(self, x: Tensor, position_ids: Tensor) -> Any:
+        """Return cosines and sines, (1, tokens, width) each."""
         return self._apply_formula(self.inv_freq, x, position_ids)
 
     def _apply_formula(self, frequencies: Any, x: Tensor, position_ids: Tensor) -> Any:
@@ -56,7 +58,7 @@ class _Fixed(nn.Module):
         return self._formula(owner, x, position_ids)
 
 
-class _LongRope(_Fixed):
+class LongRope(FixedRope):
     """Short factors up to the trained length, long factors beyond it (LongRoPE, Ding et al. 2024)."""
 
     short: Tensor
@@ -65,14 +67,20 @@ class _LongRope(_Fixed):
     def __init__(self, rope: nn.Module) -> None:
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        super().__init__(rope)
+        super().__init__(rope, rope.inv_freq)  # type: ignore[arg-type]
         config: Any = rope.config
-        self._trained = int(config.rope_parameters["original_max_position_embeddings"])
-        long, _ = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"), seq_len=self._trained + 1)
+        self.trained = int(config.rope_parameters["original_max_position_embeddings"])
+        long, _ = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"), seq_len=self.trained + 1)
         short: Any = rope.original_inv_freq
+        self.short_rope, self.long_rope = FixedRope(rope, short), FixedRope(rope, long)
         self.register_buffer("short", short)
         self.register_buffer("long", long)
 
+    def is_long(self, position_ids: Tensor) -> Tensor:
+        """Return whether a call goes beyond the trained length, bool ()."""
+        return position_ids.max() + 1 > self.trained
+
     def forward(self, x: Tensor, position_ids: Tensor) -> Any:
-        is_long = position_ids.max() + 1 > self._trained
-        return self._apply_formula(torch.where(is_long, self.long, self.short), x, position_ids)
+        """Return cosines and sines of whichever frequencies the length of the call asks for."""
+        frequencies = torch.where(self.is_long(position_ids), self.long, self.short)
+        return self._apply_formula(frequencies, x, position_ids)

@@ -81,6 +81,9 @@ class Exporter(Protocol):
     name: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
     """What it is built on, for the record of versions."""
+    elsewhere: ClassVar[str | None]
+    """Why the vendor's runtime cannot be asked on this machine; None where it can. `open` then executes the file by
+    its specification: nothing is timed, and no runner of the vendor's writes text."""
 
     def file(self, task: str) -> str:
         """Return where the artifact is in a bundle: executorch/model.pte."""

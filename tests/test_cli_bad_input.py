@@ -184,10 +184,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*EXPORT, "--format", "executorh"),
         ("unknown format 'executorh'; did you mean 'executorch'?",),
     ),
-    "planned format": (
-        (*EXPORT, "--format", "coreml"),
-        ("'coreml' cannot be exported yet; available: executorch, litert, onnx",),
-    ),
+    "format of other devices": ((*EXPORT, "--format", "coreml"), ("device host does not run format coreml",)),
     "option": ((*EXPORT, "--bit", "4"), ("--bit", "--bits")),
     "value": ((*EXPORT, "--bits", "5"), ("--bits", "'5'", "'4', '8', '16', '32'")),
     "command": (("exprt", "--target", "host"), ("unknown command 'exprt'; did you mean 'export'?",)),

@@ -165,7 +165,7 @@ def test_what_was_not_proved_is_noted():
         ({"target": "linux", "device": "pixel-8"}, "device pixel-8 belongs to target android, not linux"),
         (
             {"target": "android", "formats": ("coreml",)},
-            "format 'coreml' cannot be exported yet; available: exec",
+            "device android-8gb does not run format coreml",
         ),
         (
             {"target": "host", "formats": ("executorh",)},

@@ -1,0 +1,116 @@
+"""An ``.mlpackage`` open in the evaluator of saved programs: what Core ML itself is where there is no Mac."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from slm_export.checksums import size_of
+from slm_export.errors import InputError
+from slm_export.exporters import coreml_metadata as keys
+from slm_export.exporters.coreml_evaluator import Evaluator
+from slm_export.exporters.coreml_graph import DECODE, IDS, LOGITS, MASK, PREFILL
+from slm_export.exporters.coreml_package import Package
+from slm_export.runtime import Session
+from slm_export.tasks import GENERATION
+
+_MUCH = 1 << 27
+
+
+def open_session(path: Path, task: str) -> Session:
+    """Open a package; InputError where it is not one of ours."""
+    package = Package.open(path)
+    for key in (keys.TASK, keys.CONTEXT):
+        if key not in package.metadata:
+            raise InputError(f"{path}: its metadata lacks '{key}'; export the model again")
+    return _Decoder(package) if task == GENERATION else _Encoder(package)
+
+
+@contextmanager
+def _threads_for(work: int) -> Iterator[None]:
+    """Use one thread for little work: waiting for each other at every operator would cost more than it saves.
+
+    Given   work: bytes of the package, times tokens
+    """
+    threads = torch.get_num_threads()
+    if work >= _MUCH or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Decoder:
+    def __init__(self, package: Package) -> None:
+        self._package = package
+        self._functions = {name: Evaluator(package, name) for name in package.functions}
+        self._state = self._functions[PREFILL].make_state()
+        self._bytes = size_of(package.path)
+        metadata = package.metadata
+        self.context = int(metadata[keys.CONTEXT])
+        self.prefill_chunk = int(metadata[keys.PREFILL])
+        self.stop_ids = tuple(json.loads(metadata[keys.STOP_IDS]))
+
+    def logits(self, tokens: Sequence[int], start: int) -> Tensor:
+        """Feed tokens at position ``start``; return float32 (vocabulary,) after the last of them."""
+        if not tokens or start + len(tokens) > self.context:
+            raise ValueError(f"{len(tokens)} tokens at {start} do not fit a context of {self.context}")
+        logits = torch.empty(0)
+        for at in range(0, len(tokens), self.prefill_chunk):
+            logits = self._call(tokens[at : at + self.prefill_chunk], start + at)
+        return logits[0, -1].float()
+
+    def metadata(self) -> Mapping[str, str]:
+        """Return the package's metadata."""
+        return self._package.metadata
+
+    def close(self) -> None:
+        """Let go of the file and of its memory."""
+        self._functions.clear()
+        self._state.clear()
+
+    def _call(self, tokens: Sequence[int], start: int) -> Tensor:
+        count, end = len(tokens), start + len(tokens)
+        rows = torch.arange(start, end).unsqueeze(1)
+        mask = torch.where(torch.arange(end) <= rows, 0.0, float("-inf")).to(torch.float16)
+        inputs = {IDS: torch.tensor([tokens], dtype=torch.int32), MASK: mask[None, None]}
+        function = self._functions[DECODE if count == 1 else PREFILL]
+        with _threads_for(count * self._bytes):
+            return function.predict(inputs, self._state)[LOGITS]
+
+
+class _Encoder:
+    def __init__(self, package: Package) -> None:
+        self._package = package
+        self._function = Evaluator(package)
+        self._inputs = [feature.name for feature in package.functions[package.default].inputs]
+        self._lengths: list[int] = sorted(json.loads(package.metadata[keys.LENGTHS]))
+        self.context = int(package.metadata[keys.CONTEXT])
+
+    def outputs(self, tokens: Sequence[int], mask: Sequence[int], types: Sequence[int] = ()) -> Tensor:
+        """Return float32: an embedding (width,), or scores of the shape of the task, without batch."""
+        if not tokens or len(tokens) > self.context:
+            raise ValueError(f"{len(tokens)} tokens do not fit a longest input of {self.context}")
+        length = next(length for length in self._lengths if length >= len(tokens))
+        given = {"input_ids": tokens, "attention_mask": mask, "token_type_ids": types or [0] * len(tokens)}
+        inputs = {
+            name: torch.tensor([[*given[name], *[0] * (length - len(tokens))]], dtype=torch.int32)
+            for name in self._inputs
+        }
+        (result,) = self._function.predict(inputs).values()
+        return result[0].float()
+
+    def metadata(self) -> Mapping[str, str]:
+        """Return the package's metadata."""
+        return self._package.metadata
+
+    def close(self) -> None:
+        """Nothing is held but mapped files."""
