@@ -45,6 +45,7 @@ class LiteRTExporter:
     """Writes and opens ``.litertlm`` and ``.tflite`` files."""
 
     name: ClassVar[str] = "litert"
+    elsewhere: ClassVar[str | None] = None
     packages: ClassVar[tuple[str, ...]] = (
         "litert-torch",
         "litert-converter",
@@ -75,6 +76,10 @@ class LiteRTExporter:
         """Raise InputError where this checkpoint cannot be written in this format."""
         if checkpoint.task not in ENDINGS.values():
             raise InputError(f"{checkpoint.name}: task {checkpoint.task} cannot be exported to litert")
+        from slm_export.exporters.litert_lowering import check_operators
+
+        with _quiet_logs():
+            check_operators(checkpoint)
 
     def write(self, checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Artifact:
         """Convert, put the weights in, and pack."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.dialect import AttentionShape, Position
+from slm_export.errors import InputError
 from slm_export.weights import Weight
 
 MASKED = -0.7 * torch.finfo(torch.float32).max
@@ -100,6 +101,8 @@ class _CachedAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         call, shape = self._call, self.shape
+        if value.shape[3] != shape.head_dim:
+            raise InputError("attention whose keys and values differ in width cannot be exported to litert")
         if self.index not in call.keys:
             return query.transpose(1, 2)  # no call has begun: only shapes are asked for
         ops: Any = torch.ops.litert_torch

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,23 +131,48 @@ class Inputs:
 
 def convert(signatures: Sequence[Signature], inputs: Inputs) -> Graph:
     """Return the flatbuffer of some functions of one module."""
-    core = importlib.import_module("litert_torch._convert.core")
-    functions = importlib.import_module("litert_torch._convert.signature")
     flatbuffers = importlib.import_module("litert_torch._convert.litert_converter")
-    made = [
-        functions.Signature(
-            signature.name, signature.module.eval(), (), {**signature.example, WEIGHTS: inputs.example()}
-        )
-        for signature in signatures
-    ]
-    with _quiet(), _operators_named():
-        # The stages of `litert_torch.convert`, with one between them.
-        programs = [without_assertions(core.export_torch_signature(function)) for function in made]
-        programs = [core._run_convert_passes(program) for program in programs]
+    made = [_function(signature, inputs) for signature in signatures]
+    with _quiet():
+        programs = [_program(function) for function in made]
         content = flatbuffers.exported_programs_to_flatbuffer(programs, made).to_bytes()
     schema = importlib.import_module("ai_edge_litert.schema_py_generated")
     model = schema.ModelT.InitFromPackedBuf(content, 0)
     return Graph(model, inputs.names, inputs.vectors)
+
+
+def check_operators(signature: Signature, inputs: Inputs) -> None:
+    """Raise InputError, which names it, where a function has an operator that the converter does not know."""
+    fx = importlib.import_module("litert_torch.fx_infra")
+    lowerings = importlib.import_module("litert_torch.backend.lowerings")
+    with _quiet():
+        program = _program(_function(signature, inputs))
+        unknown = _unknown(program, lowerings)
+        rules = fx.decomp.pre_lower_decomp()
+        # What has a rule, or was marked by a function, is taken apart before it is looked up; that takes its time.
+        if any(target in rules or not isinstance(target, torch._ops.OpOverload) for target in unknown):
+            unknown = _unknown(fx.safe_run_decompositions(program, rules, can_skip=False), lowerings)
+    if unknown:
+        named = ", ".join(sorted(map(str, unknown)))
+        raise InputError(f"litert has no operator for {named}; choose another --format")
+
+
+def _unknown(program: Any, lowerings: Any) -> set[Any]:
+    called = {node.target for node in program.graph_module.graph.nodes if node.op == "call_function"}
+    return {target for target in called - {operator.getitem} if lowerings.lookup(target) is None}
+
+
+def _function(signature: Signature, inputs: Inputs) -> Any:
+    """Return a signature as litert-torch has it."""
+    functions = importlib.import_module("litert_torch._convert.signature")
+    given = {**signature.example, WEIGHTS: inputs.example()}
+    return functions.Signature(signature.name, signature.module.eval(), (), given)
+
+
+def _program(function: Any) -> Any:
+    """Return a function traced and prepared: the stages of `litert_torch.convert`, with one between them."""
+    core = importlib.import_module("litert_torch._convert.core")
+    return core._run_convert_passes(without_assertions(core.export_torch_signature(function)))
 
 
 def without_assertions(program: Any) -> Any:
@@ -183,20 +209,6 @@ def load_operators() -> None:
     importlib.import_module("litert_torch.backend.experimental.torch_tfl")
     importlib.import_module("litert_torch.generative.custom_ops.bmm_4d")
     importlib.import_module("litert_torch.generative.custom_ops.dynamic_update_slice")
-
-
-@contextlib.contextmanager
-def _operators_named() -> Iterator[None]:
-    """Say which operator it is that the converter does not know."""
-    try:
-        yield
-    except RuntimeError as error:
-        _, found, operator = str(error).partition("Lowering not found: ")
-        if not found:
-            raise
-        raise InputError(
-            f"litert has no operator for {operator.split()[0]}; choose another --format"
-        ) from error
 
 
 @contextlib.contextmanager

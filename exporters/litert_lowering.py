@@ -28,12 +28,36 @@ from slm_export.exporters.litert_graph import (
     decoder_example,
     load_operators,
 )
+from slm_export.exporters.litert_graph import check_operators as check_graph
 from slm_export.exporters.litert_stamp import TRACED, Roles, stamp, without_dead
-from slm_export.layers import CannotStamp, Layers, check_alike, layers_of
-from slm_export.model import build_decoder, build_encoder
+from slm_export.layers import CannotStamp, Layers, check_alike, keep_kinds, layers_of
+from slm_export.model import Encoder, build_decoder, build_encoder
+from slm_export.tasks import GENERATION
 
 _DECODE = "decode"
 _ENCODER_LENGTHS = (32, 128, 512)
+_CHECKED = 16
+"""Tokens of the context, or of the input, when only operators are looked at."""
+
+
+def check_operators(checkpoint: Checkpoint) -> None:
+    """Raise InputError where a model has an operator that LiteRT lacks.
+
+    What is looked at is one layer of every kind, traced; no matrix is read and nothing is converted.
+    """
+    load_operators()
+    dialect = LiteRTDialect(checkpoint)
+    if checkpoint.task == GENERATION:
+        decoder = build_decoder(checkpoint, dialect, _CHECKED)
+        keep_kinds(decoder)
+        inputs = Inputs(decoder.model, dialect)
+        signature = Signature(_DECODE, DecoderCall(decoder, dialect, inputs), decoder_example(dialect, 1))
+    else:
+        encoder = build_encoder(checkpoint, dialect)
+        keep_kinds(encoder)
+        inputs = Inputs(encoder.model, dialect)
+        signature = _encoder_function(encoder, inputs, _CHECKED, "output")
+    check_graph(signature, inputs)
 
 
 def lower_decoder(checkpoint: Checkpoint, context: int, lengths: Sequence[int], path: Path) -> str | None:
@@ -58,20 +82,18 @@ def lower_encoder(
     load_operators()
     dialect = LiteRTDialect(checkpoint)
     encoder = build_encoder(checkpoint, dialect)
-    names = ("input_ids", "attention_mask", "token_type_ids")[: 2 + encoder.takes_token_types]
     lengths = (*(length for length in _ENCODER_LENGTHS if length < context), context)
     inputs = Inputs(encoder.model, dialect)
-    signatures = [
-        Signature(
-            f"encode_{length}",
-            EncoderCall(encoder, inputs, output),
-            {name: torch.ones(1, length, dtype=torch.int32) for name in names},
-        )
-        for length in lengths
-    ]
+    signatures = [_encoder_function(encoder, inputs, length, output) for length in lengths]
     graph = convert(signatures, inputs)
     _write(graph, checkpoint, graph.vectors, None, path)
-    return lengths, names
+    return lengths, tuple(signatures[0].example)
+
+
+def _encoder_function(encoder: Encoder, inputs: Inputs, length: int, output: str) -> Signature:
+    names = ("input_ids", "attention_mask", "token_type_ids")[: 2 + encoder.takes_token_types]
+    example = {name: torch.ones(1, length, dtype=torch.int32) for name in names}
+    return Signature(f"encode_{length}", EncoderCall(encoder, inputs, output), example)
 
 
 def _write_stamped(checkpoint: Checkpoint, context: int, lengths: Sequence[int], path: Path) -> None:

@@ -4,7 +4,7 @@ Given   a checkpoint on the integer grid, or in 16 or 32 bits
 Result  a decoder takes input_ids, attention_mask and the keys and values of what came before, and returns the logits
         of the last token and all keys and values; with the configuration and the tokenizer beside it,
         onnxruntime-genai runs its folder as it is. An encoder takes ids and mask and returns an embedding or scores.
-        Weights of more than 1.9 GB lie in ``model.onnx.data``.
+        Weights of more than 64 MB lie in ``model.onnx.data``.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class OnnxExporter:
     """Writes and opens ``.onnx`` files."""
 
     name: ClassVar[str] = "onnx"
+    elsewhere: ClassVar[str | None] = None
     packages: ClassVar[tuple[str, ...]] = (
         "onnx",
         "onnx-ir",
@@ -62,10 +63,9 @@ class OnnxExporter:
         """Raise InputError where this checkpoint cannot be written."""
         if checkpoint.task not in ENDINGS.values():
             raise InputError(f"{checkpoint.name}: task {checkpoint.task} cannot be exported to onnx")
-        if checkpoint.task == GENERATION:
-            from slm_export.exporters.onnx_models import check_decoder
+        from slm_export.exporters.onnx_models import check_decoder, check_encoder
 
-            check_decoder(checkpoint)
+        (check_decoder if checkpoint.task == GENERATION else check_encoder)(checkpoint)
 
     def write(self, checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Artifact:
         """Trace the model and write it; for a decoder onnxruntime-genai's configuration too."""

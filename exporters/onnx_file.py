@@ -2,7 +2,7 @@
 
 A file is one protobuf message. A message in it that comes twice is merged, by the rules of the format, and lists are
 joined. So the graph is written without its weights, and behind it the graph again, a weight at a time: no more than
-one stands in memory. Protobuf reads no message of 2 GiB; what is larger has its weights in a second file.
+one stands in memory. A large model has its weights in a second file.
 
 Source: onnx.proto (field numbers), and protobuf's encoding.md ("last one wins" and merging).
 """
@@ -22,8 +22,11 @@ from slm_export.errors import InputError
 from slm_export.exporters.onnx_stored import CODES, COLUMNS, SCALES, Stored
 from slm_export.weights import GROUPS, Quantized, grid_scale
 
-LARGEST = 1_900_000_000
-"""Bytes of weights that still lie in the file itself."""
+LARGEST = 64_000_000
+"""Bytes of weights that still lie in the file itself. ONNX Runtime maps what lies beside it and packs it matrix by
+matrix; what is in the file it holds twice more while it loads."""
+_LEAST_OUTSIDE = 1 << 16
+"""Bytes of a weight that is worth a page of its own: norms and biases stay in the file."""
 
 _TYPES = {torch.float32: 1, torch.uint8: 2, torch.int8: 3, torch.float16: 10}
 _DTYPES = {number: dtype for dtype, number in _TYPES.items()}
@@ -53,7 +56,10 @@ def write_model(graph: bytes, weights: Iterable[Stored], path: Path) -> int:
         else:
             with open(data_file(path), "wb") as data:
                 for name, tensor in _tensors(weights):
-                    _put_outside(file, data, name, tensor)
+                    if tensor.nbytes < _LEAST_OUTSIDE:
+                        _put(file, name, tensor)
+                    else:
+                        _put_outside(file, data, name, tensor)
     return path.stat().st_size + (data_file(path).stat().st_size if size > LARGEST else 0)
 
 

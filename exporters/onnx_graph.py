@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from slm_export import __version__
+from slm_export.errors import InputError
+from slm_export.exporters.onnx_fused import fuse
+from slm_export.exporters.onnx_stamp import stamp
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
+
+    from slm_export.layers import Layers
 
 OPSET = 23
 """The first with ``RMSNormalization`` and ``RotaryEmbedding``."""
@@ -27,34 +33,64 @@ def convert(
     inputs: Mapping[str, Shape],
     outputs: Mapping[str, Shape],
     metadata: Mapping[str, str],
-) -> bytes:
-    """Return a ModelProto of a traced program, serialized, without its matrices.
+    layers: Layers | None = None,
+) -> tuple[bytes, set[str]]:
+    """Return a ModelProto of a traced program, serialized, and the names of the weights that it uses and does not hold.
 
-    Given   weights: what the tracer calls a matrix -> its name in the file
+    Given   weights: what the tracer calls a matrix or vector -> its name in the file
             inputs, outputs: their names and shapes, in the order of the program
             metadata: what the file is to say of itself
+            layers: where the program is of the first three, all of them
     """
     import onnx_ir as ir
-    import torch
 
-    with _quiet():
-        made = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
-    assert made is not None
-    model = made.model
-    matrices = _take_out(model.graph, weights)
-    count = len(model.graph.inputs)
+    model = translate(program)
+    taken = _take_out(model.graph, weights)
+    ends = list(model.graph.inputs)
     # Inputs for now: nothing is computed from what has no value yet.
-    model.graph.inputs.extend(matrices)
+    model.graph.inputs.extend(taken)
     _simplify(model)
-    del model.graph.inputs[count:]
+    if layers is not None:
+        past = ends[2:]
+        stamp(model.graph, past, layers)
+        ends[2:] = past
+    own = set(map(id, ends))
+    used = {value.name for value in model.graph.inputs if id(value) not in own and value.uses()}
+    _tidy(model)
+    model.graph.inputs[:] = ends
     _clear_metadata(model)
     _name_ends(model.graph, inputs, outputs)
     model.graph.name = "model"
     model.producer_name, model.producer_version = "slm-export", __version__
     model.metadata_props.update(metadata)
     model.opset_imports[_CONTRIB] = 1
-    serialized: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
-    return serialized
+    return ir.to_proto(model).SerializeToString(deterministic=True), used
+
+
+def translate(program: ExportedProgram) -> Any:
+    """Return the onnx_ir model of a traced program; InputError where an operator has no translation."""
+    import torch
+
+    try:
+        with _quiet():
+            made = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
+    except torch.onnx.OnnxExporterError as error:
+        if (operator := _unknown_operator(error)) is None:
+            raise
+        raise InputError(f"onnx has no operator for {operator}; choose another --format") from error
+    assert made is not None
+    return made.model
+
+
+def _unknown_operator(error: BaseException | None) -> str | None:
+    """Return the operator that the exporter has no translation of, in torch's own spelling."""
+    while error is not None:
+        if match := re.search(
+            r"No ONNX function found for <OpOverload\(op='([^']+)', overload='([^']+)'", str(error)
+        ):
+            return f"{match[1]}.{match[2]}"
+        error = error.__cause__
+    return None
 
 
 def _simplify(model: Any) -> None:
@@ -72,12 +108,19 @@ def _simplify(model: Any) -> None:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.DeduplicateInitializersPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
+    fuse(model)
+    optimizer.remove_unused_nodes(model)
+
+
+def _tidy(model: Any) -> None:
+    from onnx_ir.passes import common
+
     common.RemoveUnusedOpsetsPass()(model)
     common.NameFixPass()(model)
 
 
 def _take_out(graph: Any, weights: Mapping[str, str]) -> list[Any]:
-    """Take matrices out of the graph, and give them their names; return one value for each."""
+    """Take weights out of the graph, and give them their names; return one value for each."""
     import onnx_ir as ir
 
     values: dict[str, Any] = {}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,22 @@ from slm_export.dialect import AttentionShape
 from slm_export.errors import InputError
 from slm_export.exporters.onnx_dialect import OnnxDialect
 from slm_export.exporters.onnx_file import write_model
-from slm_export.exporters.onnx_graph import Shape, convert, trace
+from slm_export.exporters.onnx_graph import Shape, convert, trace, translate
 from slm_export.exporters.onnx_norms import with_norms
 from slm_export.exporters.onnx_rotary import rotary_operators
+from slm_export.exporters.onnx_stamp import TRACED
+from slm_export.exporters.onnx_stored import Stored
+from slm_export.layers import CannotStamp, Layers, check_alike, keep_kinds, layers_of
 from slm_export.model import build_decoder, build_encoder
 from slm_export.runtime import ExportOptions
 from slm_export.tasks import output_shape
+from slm_export.weights import Dense
 
 TASK, CONTEXT, LEAST = "slm_export.task", "slm_export.context", "slm_export.least"
 """Keys of what a file says of itself: task, most tokens, least tokens."""
 
+_CHECKED = 16
+"""Tokens of the context, or of the input, when a model is only looked at."""
 _SHORTEST = (1, 3)
 """Least tokens of an encoder's input, tried in this order; a session pads what is shorter."""
 
@@ -32,24 +39,56 @@ Written = tuple[int, Sequence[AttentionShape], dict[str, str], dict[str, str]]
 
 
 def check_decoder(checkpoint: Checkpoint) -> None:
-    """Raise InputError where the attention of a family cannot be expressed; reads no matrix."""
+    """Raise InputError where a decoder cannot be expressed.
+
+    What is looked at is one layer of every kind, traced and translated; no matrix is read.
+    """
     dialect = OnnxDialect(checkpoint)
-    build_decoder(checkpoint, dialect, 16)
+    decoder = build_decoder(checkpoint, dialect, _CHECKED)
     _refuse_unlike(checkpoint, dialect.layers)
+    keep_kinds(decoder)
+    translate(_trace_decoder(_Decoder(with_norms(decoder.model), dialect), dialect.layers, _CHECKED))
+
+
+def check_encoder(checkpoint: Checkpoint) -> None:
+    """Raise InputError where an encoder cannot be expressed; reads no matrix."""
+    encoder = build_encoder(checkpoint, OnnxDialect(checkpoint))
+    keep_kinds(encoder)
+    module = _Encoder(with_norms(encoder))
+    translate(_trace_encoder(module, 2 + encoder.takes_token_types, _CHECKED)[1])
 
 
 def write_decoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Written:
-    """Write a decoder."""
+    """Write a decoder: from three of its layers where all are alike, else from all."""
+    try:
+        layers = layers_of(checkpoint)
+        if layers.count <= TRACED:
+            raise CannotStamp(f"{layers.count} layers")
+        return _write_decoder(checkpoint, options, path, layers)
+    except CannotStamp:
+        return _write_decoder(checkpoint, options, path, None)
+
+
+def _write_decoder(
+    checkpoint: Checkpoint, options: ExportOptions, path: Path, layers: Layers | None
+) -> Written:
     dialect = OnnxDialect(checkpoint)
     decoder = build_decoder(checkpoint, dialect, options.context)
     _refuse_unlike(checkpoint, dialect.layers)
-    module = _Decoder(with_norms(decoder.model), dialect)
-    program = _trace_decoder(module, dialect.layers, options.context)
-    vocabulary = checkpoint.config.get_text_config().vocab_size
-    inputs, outputs = _ends(dialect.layers, vocabulary)
+    model = with_norms(decoder.model)
+    vectors = _vectors(model)
+    traced = dialect.layers
+    if layers is not None:
+        check_alike(decoder, layers)
+        stack = cast(nn.ModuleList, decoder.get_submodule(layers.path))
+        decoder.set_submodule(layers.path, stack[:TRACED])
+        traced = dialect.layers[:TRACED]
+    module = _Decoder(model, dialect)
+    program = _trace_decoder(module, traced, options.context)
+    inputs, outputs = _ends(dialect.layers, checkpoint.config.get_text_config().vocab_size)
     metadata = {TASK: checkpoint.task, CONTEXT: str(options.context)}
-    graph = convert(program, dialect.names_in(module), inputs, outputs, metadata)
-    size = write_model(graph, dialect.stored.values(), path)
+    graph, used = convert(program, _names(module, dialect), inputs, outputs, metadata, layers)
+    size = write_model(graph, _stored(dialect, vectors, used), path)
     return size, dialect.layers, _described(inputs, "int64"), _described(outputs, "float32")
 
 
@@ -65,10 +104,28 @@ def write_encoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) ->
     sizes = described.removeprefix("float32[").removesuffix("]").split(", ")
     outputs: dict[str, Shape] = {name: tuple(int(size) if size.isdigit() else size for size in sizes)}
     metadata = {TASK: checkpoint.task, CONTEXT: str(options.context), LEAST: str(least)}
-    graph = convert(program, dialect.names_in(module), inputs, outputs, metadata)
-    size = write_model(graph, dialect.stored.values(), path)
+    graph, used = convert(program, _names(module, dialect), inputs, outputs, metadata)
+    size = write_model(graph, _stored(dialect, _vectors(encoder), used), path)
     limits = f"int64[1, tokens={least}..{options.context}]"
     return size, (), dict.fromkeys(names, limits), {name: described}
+
+
+def _vectors(model: nn.Module) -> dict[str, Stored]:
+    """Return what is no matrix of a dialect, norms and biases, by name."""
+    return {
+        name: Stored(name, Dense(tuple(value.shape), value.dtype, value.detach))
+        for name, value in model.named_parameters()
+    }
+
+
+def _names(module: _Decoder | _Encoder, dialect: OnnxDialect) -> dict[str, str]:
+    """Return what the tracer calls a weight -> its name in the file."""
+    vectors = {f"model.{name}": name for name, _ in module.model.named_parameters()}
+    return {**vectors, **dialect.names_in(module)}
+
+
+def _stored(dialect: OnnxDialect, vectors: Mapping[str, Stored], used: Collection[str]) -> list[Stored]:
+    return [*dialect.stored.values(), *(vector for name, vector in vectors.items() if name in used)]
 
 
 class _Decoder(nn.Module):

@@ -37,12 +37,23 @@ def _by_operator(original: Callable[..., Any]) -> Callable[..., Any]:
         # Both halves are the same frequencies; the operator takes one.
         half = cos.shape[-1] // 2
         angles = (cos[..., :half], sin[..., :half])
-        return tuple(
-            torch.onnx.ops.symbolic("RotaryEmbedding", (x, *angles), dtype=x.dtype, shape=x.shape)
-            for x in (q, k)
-        )
+        return tuple(_rotated(x, angles) for x in (q, k))
 
     return rotate
+
+
+def _rotated(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate (1, heads, tokens, width) by angles (1, tokens, width / 2).
+
+    The operator is given its heads side by side, as a product leaves them and attention takes them: then what turns
+    them one way and back falls out of the graph (`onnx_fused`).
+    """
+    _, heads, tokens, width = x.shape
+    flat = x.transpose(1, 2).reshape(1, tokens, heads * width)
+    made = torch.onnx.ops.symbolic(
+        "RotaryEmbedding", (flat, *angles), {"num_heads": heads}, dtype=x.dtype, shape=flat.shape
+    )
+    return made.reshape(1, tokens, heads, width).transpose(1, 2)
 
 
 def _is_usual(original: Callable[..., Any]) -> bool:

@@ -1,6 +1,6 @@
 """Weights as they lie in an ONNX file, and what stands in for them while a graph is traced.
 
-float   NAME            float32 or float16 (out, in)
+float   NAME            float32 or float16 (out, in); of a norm or a bias float32 (out,)
 int4    NAME.codes      uint8 (out, groups, group / 2): code + 8, even column in the low nibble
 NAME.scales     float32 (out, groups)
 int8    NAME.columns    int8 (in, out), where a matrix product reads it
@@ -29,10 +29,11 @@ class Stored:
         self.name, self.weight, self.by_column = name, weight, by_column
         self.stand_ins: dict[str, Tensor] = {}
         """Initializer -> a tensor of its dtype and shape that takes no memory."""
-        rows, columns = weight.shape
         if isinstance(weight, Dense):
-            self._add("", torch.float16 if weight.dtype == torch.float16 else torch.float32, (rows, columns))
-        elif weight.bits == 4:
+            self._add("", torch.float16 if weight.dtype == torch.float16 else torch.float32, weight.shape)
+            return
+        rows, columns = weight.shape
+        if weight.bits == 4:
             groups = columns // weight.group
             self._add(CODES, torch.uint8, (rows, groups, weight.group // 2))
             self._add(SCALES, torch.float32, (rows, groups))

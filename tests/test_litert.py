@@ -233,4 +233,4 @@ def test_an_operator_that_litert_lacks_is_named() -> None:
 
     signature = litert_graph.Signature("odd", Odd(), {"x": torch.ones(2)})
     with pytest.raises(InputError, match="no operator for aten"):
-        litert_graph.convert([signature], NoInputs())  # type: ignore[arg-type]
+        litert_graph.check_operators(signature, NoInputs())  # type: ignore[arg-type]

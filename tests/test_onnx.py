@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -19,6 +22,7 @@ from slm_export.errors import InputError
 from slm_export.exporters.onnx import OnnxExporter
 from slm_export.exporters.onnx_dialect import onnxruntime_rounding
 from slm_export.exporters.onnx_file import data_file, read_stored
+from slm_export.layers import CannotStamp
 from slm_export.load import load_checkpoint
 from slm_export.model import build_reference
 from slm_export.optimizers.group_quantize import GroupQuantize
@@ -233,7 +237,7 @@ def test_the_rounding_is_the_kernels_own(bits: int, group: int, tmp_path: Path) 
     module = torch.nn.Sequential(dialect.linear(weight, None))
     x = torch.randn(3, 256, generator=generator) * 5
     program = trace(module, (x,), (None,))
-    graph = convert(program, dialect.names_in(module), {"x": (3, 256)}, {"y": (3, 48)}, {})
+    graph, _ = convert(program, dialect.names_in(module), {"x": (3, 256)}, {"y": (3, 48)}, {})
     write_model(graph, dialect.stored.values(), tmp_path / "model.onnx")
     got = run(tmp_path / "model.onnx", x)
     expected = onnxruntime_rounding(x, weight) @ weight.float32().t()
@@ -281,3 +285,56 @@ def test_heads_of_an_odd_width_are_refused(tmp_path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=1, **sizes)).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="multiples of 8"):
         OnnxExporter().check(load_checkpoint(tmp_path))
+
+
+def test_copied_layers_are_traced_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is put together of three layers computes what all layers, traced, compute."""
+    from slm_export.exporters import onnx_models
+
+    name, config, options = families.DECODERS["qwen-2.5"]  # with biases
+    families.save((name, config, {**options, "num_hidden_layers": 6}), tmp_path)
+    quantized = WIDTHS["4 bits, group 32"].run(load_checkpoint(tmp_path)).checkpoint
+    traced: list[int] = []
+    trace_decoder = onnx_models._trace_decoder
+
+    def counted(module: torch.nn.Module, layers: Sequence[Any], context: int) -> Any:
+        traced.append(len(layers))
+        return trace_decoder(module, layers, context)
+
+    def refuse(checkpoint: Checkpoint) -> None:
+        raise CannotStamp("asked to trace every layer")
+
+    monkeypatch.setattr(onnx_models, "_trace_decoder", counted)
+    copied = export(quantized, tmp_path / "copied.onnx")
+    monkeypatch.setattr(onnx_models, "layers_of", refuse)
+    whole = export(quantized, tmp_path / "whole.onnx")
+    assert traced == [3, 6]
+    tokens = families.ids_of(CONTEXT)[0].tolist()
+    for length in (1, 2, 17, CONTEXT):
+        assert torch.equal(copied.logits(tokens[:length], 0), whole.logits(tokens[:length], 0))
+    copied.logits(tokens[:9], 0)
+    whole.logits(tokens[:9], 0)
+    assert torch.equal(copied.logits(tokens[9:12], 9), whole.logits(tokens[9:12], 9))
+    assert operators(tmp_path / "copied.onnx") == operators(tmp_path / "whole.onnx")
+
+
+def operators(path: Path) -> list[str]:
+    import onnx
+
+    return [node.op_type for node in onnx.load(str(path)).graph.node]
+
+
+def test_a_layer_is_its_kernels_and_little_else(tmp_path: Path) -> None:
+    """Each node costs some of a token's time: no turning of heads to and fro, no sums beside norms."""
+    families.save(families.DECODERS["llama-3.2"], tmp_path)
+    export(
+        WIDTHS["4 bits, group 64, embedding too"].run(load_checkpoint(tmp_path)).checkpoint,
+        tmp_path / "model.onnx",
+    )
+    found = Counter(operators(tmp_path / "model.onnx"))
+    layers = 3
+    assert found["MatMulNBits"] == 7 * layers + 1
+    assert found["RotaryEmbedding"] == found["SkipSimplifiedLayerNormalization"] == 2 * layers
+    assert found["RMSNormalization"] == found["GroupQueryAttention"] // layers == 1
+    assert not found["Transpose"]
+    assert found["Reshape"] + found["Add"] <= 8  # of positions and angles
