@@ -180,9 +180,13 @@ def constexpr_blockwise_shift_scale(
     data: Constant, scale: Constant, offset: Constant | None = None
 ) -> Constant:
     """``scale * (data - offset)``, one scale per block of data: iOS18.compression."""
-    if offset is not None and not offset.dtype.is_floating_point and offset.dtype != data.dtype:
-        raise InputError(f"offsets of type {offset.dtype} for data of type {data.dtype}")
+    if offset is not None and not offset.dtype.is_floating_point and _element(offset) != _element(data):
+        raise InputError(f"{_element(offset)} offsets for {_element(data)} data")
     return ShiftScale(data, scale.tensor(), None if offset is None else offset.tensor())
+
+
+def _element(constant: Constant) -> str:
+    return constant.packed.element.name if isinstance(constant, Stored) else str(constant.dtype)
 
 
 @operator("constexpr_lut_to_dense", since=16, constant=True)
