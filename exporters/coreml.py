@@ -15,14 +15,14 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError, needs
-from slm_export.results import Artifact, Signature, written
+from slm_export.results import Artifact, Check, Signature, written
 from slm_export.runtime import ExportOptions, Session
 from slm_export.tasks import CLASSIFICATION, ENDINGS, GENERATION, TOKENS, output_shape
 from slm_export.tokenizer import OWN_TOKENIZER
@@ -84,6 +84,12 @@ class CoreMLExporter:
             from slm_export.exporters.coreml_stored import read_weights
 
             return read_weights(path)
+
+    def own_checks(self, path: Path, checkpoint: Checkpoint, tokens: Sequence[int]) -> tuple[Check, ...]:
+        """Return whether the program is the model where nothing is rounded."""
+        from slm_export.exporters.coreml_exact import judge_exact
+
+        return (judge_exact(path, checkpoint, tokens),)
 
     def delegation(self, path: Path) -> None:
         """Which unit runs an operator is decided on the device."""

@@ -57,11 +57,22 @@ def register() -> None:
     ):
         register_torch_op(function, torch_alias=[f"{NAMESPACE}::{function.__name__}"])
     register_torch_op(alias)
+    register_torch_op(gelu, override=True)
 
 
 def alias(context: Any, node: Any) -> None:
     """The same values under another name."""
     context.add(context[node.inputs[0]], torch_name=node.name)
+
+
+def gelu(context: Any, node: Any) -> None:
+    """The front end's own does not look at keywords, and takes the approximation by tanh for the exact function."""
+    from coremltools.converters.mil import Builder as mb
+
+    keywords = node.kwinputs or {}
+    approximate = _value(context, next(iter(keywords.get("approximate", ("none",)))))
+    mode = {"none": "EXACT", "tanh": "TANH_APPROXIMATION"}[str(approximate)]
+    context.add(mb.gelu(x=context[node.inputs[0]], mode=mode, name=node.name))
 
 
 def coreml_linear(context: Any, node: Any) -> None:
@@ -230,7 +241,8 @@ def _arguments(node: Any, count: int) -> list[Any]:
 
 
 def _value(context: Any, name: Any) -> Any:
-    return context[name].val if isinstance(name, str) else name
+    """Return a constant argument: a number as it is, text where no value goes by that name."""
+    return context[name].val if isinstance(name, str) and name in context else name
 
 
 def _source(var: Any) -> Any:

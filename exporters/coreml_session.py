@@ -28,7 +28,7 @@ def open_session(path: Path, task: str) -> Session:
     for key in (keys.TASK, keys.CONTEXT):
         if key not in package.metadata:
             raise InputError(f"{path}: its metadata lacks '{key}'; export the model again")
-    return _Decoder(package) if task == GENERATION else _Encoder(package)
+    return Decoder(package) if task == GENERATION else Encoder(package)
 
 
 @contextmanager
@@ -48,12 +48,15 @@ def _threads_for(work: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class _Decoder:
+class Decoder:
+    """A decoder's two functions over one state."""
+
     def __init__(self, package: Package) -> None:
         self._package = package
         self._functions = {name: Evaluator(package, name) for name in package.functions}
         self._state = self._functions[PREFILL].make_state()
         self._bytes = size_of(package.path)
+        (self._dtype,) = (f.dtype for f in package.functions[PREFILL].inputs if f.name == MASK)
         metadata = package.metadata
         self.context = int(metadata[keys.CONTEXT])
         self.prefill_chunk = int(metadata[keys.PREFILL])
@@ -80,20 +83,27 @@ class _Decoder:
     def _call(self, tokens: Sequence[int], start: int) -> Tensor:
         count, end = len(tokens), start + len(tokens)
         rows = torch.arange(start, end).unsqueeze(1)
-        mask = torch.where(torch.arange(end) <= rows, 0.0, float("-inf")).to(torch.float16)
+        mask = torch.where(torch.arange(end) <= rows, 0.0, float("-inf")).to(self._dtype)
         inputs = {IDS: torch.tensor([tokens], dtype=torch.int32), MASK: mask[None, None]}
         function = self._functions[DECODE if count == 1 else PREFILL]
         with _threads_for(count * self._bytes):
             return function.predict(inputs, self._state)[LOGITS]
 
 
-class _Encoder:
+class Encoder:
+    """An encoder; what is shorter than one of its lengths is padded to the next."""
+
     def __init__(self, package: Package) -> None:
         self._package = package
         self._function = Evaluator(package)
         self._inputs = [feature.name for feature in package.functions[package.default].inputs]
         self._lengths: list[int] = sorted(json.loads(package.metadata[keys.LENGTHS]))
         self.context = int(package.metadata[keys.CONTEXT])
+
+    @property
+    def takes_token_types(self) -> bool:
+        """Whether question and passage are told apart."""
+        return "token_type_ids" in self._inputs
 
     def outputs(self, tokens: Sequence[int], mask: Sequence[int], types: Sequence[int] = ()) -> Tensor:
         """Return float32: an embedding (width,), or scores of the shape of the task, without batch."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,7 +21,7 @@ from slm_export.errors import InputError, needs
 from slm_export.exporters.executorch_reader import stored
 from slm_export.exporters.executorch_session import load_runtime, open_session, run_text_llm_runner
 from slm_export.phone_tokenizer import for_executorch
-from slm_export.results import Artifact, Signature, written
+from slm_export.results import Artifact, Check, Signature, written
 from slm_export.runtime import ExportOptions, Session
 from slm_export.runtime_tokenizers import ExecuTorchTokenizer, RuntimeTokenizer
 from slm_export.tasks import ENDINGS, GENERATION, output_shape
@@ -96,6 +96,10 @@ class ExecuTorchExporter:
         # Its opening and stop tokens are read from there.
         shutil.copyfile(own.with_name(_CONFIG), file.with_name(_CONFIG))
         return file.relative_to(bundle).as_posix()
+
+    def own_checks(self, path: Path, checkpoint: Checkpoint, tokens: Sequence[int]) -> tuple[Check, ...]:
+        """Nothing that the other checks do not tell."""
+        return ()
 
     def delegation(self, path: Path) -> None:
         """Not told: what XNNPACK takes is decided when the program is written."""

@@ -53,6 +53,8 @@ def judge_artifact(
     try:
         with progress.stage(f"read back {name}"):
             codes = judge_codes(exporter.stored(subject.path), quantized_weights(references.quantized))
+            sample = subject.tokenizer.encode_with_template(subject.documents[0])
+            own = exporter.own_checks(subject.path, references.quantized, sample)
         with progress.stage("compare tokenizers"):
             verdict = _judge_tokenizer(subject)
         quality: Quality
@@ -84,7 +86,9 @@ def judge_artifact(
                     stage.advance,
                 )
         traced = _trace(subject, session) if trace else None
-        return Judgement((*more, codes, *checks, *verdict.checks), (*notes, *verdict.notes), quality, traced)
+        return Judgement(
+            (*more, codes, *own, *checks, *verdict.checks), (*notes, *verdict.notes), quality, traced
+        )
     finally:
         session.close()
 

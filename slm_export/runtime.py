@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.profile import FORMATS, DeviceProfile
-from slm_export.results import Artifact, Delegation, Latency, ModelFacts
+from slm_export.results import Artifact, Check, Delegation, Latency, ModelFacts
 from slm_export.runtime_tokenizers import RuntimeTokenizer
 from slm_export.tokenizer import SourceTokenizer
 from slm_export.weights import Quantized, Weight
@@ -105,6 +105,12 @@ class Exporter(Protocol):
 
         Raises:
             InputError: the file is not one of ours, or a matrix in it is not on the grid.
+        """
+
+    def own_checks(self, path: Path, checkpoint: Checkpoint, tokens: Sequence[int]) -> tuple[Check, ...]:
+        """Return what can be told of an artifact in this format alone.
+
+        Given   the quantized checkpoint that it was made from, and the ids of some text
         """
 
     def delegation(self, path: Path) -> Delegation | None:
