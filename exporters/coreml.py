@@ -13,30 +13,27 @@ operator as the format's specification says.
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError, needs
-from slm_export.results import Artifact, Check, Signature, written
+from slm_export.results import Artifact, Check, written
 from slm_export.runtime import ExportOptions, Session
-from slm_export.tasks import CLASSIFICATION, ENDINGS, GENERATION, TOKENS, output_shape
+from slm_export.tasks import ENDINGS, GENERATION
 from slm_export.tokenizer import OWN_TOKENIZER
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slm_export.results import Delegation
     from slm_export.runtime_tokenizers import RuntimeTokenizer
     from slm_export.weights import Quantized, Weight
 
 _PACKAGES = "coremltools"
-_LONGEST = 256
-"""Tokens of one call that our sessions and apps use: it returns the logits of all of them."""
-_LENGTHS = (32, 128, 512)
 
 
 class CoreMLExporter:
@@ -66,8 +63,11 @@ class CoreMLExporter:
 
     def write(self, checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Artifact:
         """Convert the graph without weights, and write the package with them."""
-        self.ready()
-        write = _write_decoder if checkpoint.task == GENERATION else _write_encoder
+        from slm_export.exporters.coreml_models import write_decoder, write_encoder
+
+        with _quiet_import():
+            importlib.import_module("coremltools")
+        write = write_decoder if checkpoint.task == GENERATION else write_encoder
         signatures = write(checkpoint, options, path)
         return written(path, self.name, checkpoint.parameters, signatures)
 
@@ -91,8 +91,12 @@ class CoreMLExporter:
 
         return (judge_exact(path, checkpoint, tokens),)
 
-    def delegation(self, path: Path) -> None:
-        """Which unit runs an operator is decided on the device."""
+    def delegation(self, path: Path) -> Delegation:
+        """Return a prediction: which unit runs an operator is decided on the device."""
+        with needs(self.name, _PACKAGES), _quiet_import():
+            from slm_export.exporters.coreml_accelerators import delegation
+
+            return delegation(path)
 
     def rounding(self, x: Tensor, weight: Weight) -> Tensor:
         """Return activations as the program holds them: in float16, or as they are where it keeps 32 bits."""
@@ -129,85 +133,3 @@ def _quiet_import() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
-
-
-def _write_decoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> tuple[Signature, ...]:
-    import coremltools as ct
-    import numpy as np
-
-    from slm_export.exporters import coreml_graph as graph
-    from slm_export.exporters import coreml_metadata as keys
-    from slm_export.exporters.coreml_writer import PackageWriter
-
-    dtype = graph.program_dtype(checkpoint)
-    traced = graph.trace_decoder(checkpoint, options.context)
-    functions = {}
-    for name, tokens in ((graph.PREFILL, ct.RangeDim(1, options.context)), (graph.DECODE, 1)):
-        end = ct.RangeDim(1, options.context)
-        inputs = [
-            ct.TensorType(name=graph.IDS, shape=(1, tokens), dtype=np.int32),
-            ct.TensorType(name=graph.MASK, shape=(1, 1, tokens, end), dtype=np.float16),
-        ]
-        functions[name] = graph.convert(traced, inputs, graph.LOGITS, dtype, ct.target.iOS18)
-    metadata = _metadata(checkpoint, options) | {
-        keys.PREFILL: str(min(_LONGEST, options.context)),
-        keys.STOP_IDS: json.dumps(options.stop_ids),
-    }
-    if options.bos_id is not None:
-        metadata[keys.BOS_ID] = str(options.bos_id)
-    PackageWriter(checkpoint, dtype, path).write(functions, graph.PREFILL, metadata, **_facts(checkpoint))
-    vocabulary = checkpoint.config.get_text_config().vocab_size
-    full = "float16" if dtype == "fp16" else "float32"
-    return tuple(
-        Signature(
-            name,
-            {graph.IDS: f"int32[1, {tokens}]", graph.MASK: f"float16[1, 1, {tokens}, end]"},
-            {graph.LOGITS: f"{full}[1, {tokens}, {vocabulary}]"},
-        )
-        for name, tokens in ((graph.PREFILL, "tokens"), (graph.DECODE, "1"))
-    )
-
-
-def _write_encoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> tuple[Signature, ...]:
-    import coremltools as ct
-    import numpy as np
-
-    from slm_export.exporters import coreml_graph as graph
-    from slm_export.exporters import coreml_metadata as keys
-    from slm_export.exporters.coreml_writer import PackageWriter
-
-    dtype = graph.program_dtype(checkpoint)
-    traced, names = graph.trace_encoder(checkpoint, options.context)
-    lengths = (*(length for length in _LENGTHS if length < options.context), options.context)
-    shape = ct.EnumeratedShapes([(1, length) for length in lengths])
-    inputs = [ct.TensorType(name=name, shape=shape, dtype=np.int32) for name in names]
-    output, described = output_shape(checkpoint.task, checkpoint.config)
-    function = graph.convert(traced, inputs, output, dtype, ct.target.iOS18)
-    metadata = _metadata(checkpoint, options) | {keys.LENGTHS: json.dumps(lengths)}
-    PackageWriter(checkpoint, dtype, path).write({"main": function}, "main", metadata, **_facts(checkpoint))
-    described = described.replace("float32", "float16" if dtype == "fp16" else "float32")
-    takes = dict.fromkeys(names, f"int32[1, {'|'.join(map(str, lengths))}]")
-    return (Signature("main", takes, {output: described}),)
-
-
-def _metadata(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, str]:
-    """Return what every package says of itself to an app."""
-    from slm_export.checksums import sha256_file
-    from slm_export.exporters import coreml_metadata as keys
-
-    labels = getattr(checkpoint.config, "id2label", None) or {}
-    said: dict[str, Any] = {keys.TASK: checkpoint.task, keys.CONTEXT: str(options.context)}
-    if checkpoint.task in (CLASSIFICATION, TOKENS):
-        said[keys.LABELS] = json.dumps([labels[index] for index in sorted(labels)])
-    if options.tokenizer is not None:
-        said[keys.TOKENIZER] = sha256_file(options.tokenizer)
-    return said
-
-
-def _facts(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return what Xcode shows of a model."""
-    from slm_export.provenance import licence_of
-
-    facts = {"shortDescription": f"{checkpoint.name} ({checkpoint.task})", "versionString": "1"}
-    licence = licence_of(checkpoint)
-    return facts | ({"license": licence} if licence else {})

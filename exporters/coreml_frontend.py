@@ -26,6 +26,9 @@ class _Lowering:
     def __init__(self, dtype: str) -> None:
         self.dtype = dtype
         self.ends: tuple[Any, Any] | None = None
+        """Where the call's tokens begin and end."""
+        self.columns: Any = None
+        """How many positions are attended to: those before the end or, for a mask of fixed width, all there are."""
         self.masks: dict[tuple[int, int], Any] = {}
         self.caches: dict[str, Any] = {}
         """What a state holds after its last update."""
@@ -103,14 +106,30 @@ def coreml_table(context: Any, node: Any) -> None:
 
 
 def coreml_positions(context: Any, node: Any) -> None:
-    """Columns of the mask less tokens, and up."""
-    from coremltools.converters.mil import Builder as mb
+    """Where the call's tokens stand, by its mask.
 
+    A mask of any width ends with the last token. One of a fixed width shows in its first row what the first token
+    sees: all before it, and itself.
+    """
+    import numpy as np
+    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil.mil.types.symbolic import is_symbolic
+
+    lowering = _lowering.get()
     ids, mask = (context[name] for name in node.inputs)
+    mask = _source(mask)
     tokens = mb.gather(x=mb.shape(x=ids), indices=1, axis=0)
-    end = mb.gather(x=mb.shape(x=_source(mask)), indices=3, axis=0)
-    start = mb.sub(x=end, y=tokens)
-    _lowering.get().ends = (start, end)
+    if is_symbolic(mask.shape[3]):
+        end = mb.gather(x=mb.shape(x=mask), indices=3, axis=0)
+        start = mb.sub(x=end, y=tokens)
+        lowering.columns = end
+    else:
+        row = mb.slice_by_size(x=mask, begin=[0, 0, 0, 0], size=[1, 1, 1, int(mask.shape[3])])
+        seen = mb.cast(x=mb.greater_equal(x=row, y=np.float16(-1)), dtype="int32")
+        start = mb.sub(x=mb.reduce_sum(x=seen, axes=[0, 1, 2, 3], keep_dims=False), y=1)
+        end = mb.add(x=start, y=tokens)
+        lowering.columns = int(mask.shape[3])
+    lowering.ends = (start, end)
     places = mb.range_1d(start=start, end=end, step=1)
     context.add(mb.expand_dims(x=places, axes=[0], name=node.name))
 
@@ -152,8 +171,9 @@ def coreml_attention(context: Any, node: Any) -> None:
     # Query heads of one key-value head stand below each other: keys and values are never repeated.
     query = mb.reshape(x=query, shape=[1, kv_heads, -1, width])
     if softcap:
-        query = mb.mul(x=query, y=kind(scaling / softcap))
-        scores = mb.matmul(x=query, y=keys, transpose_y=True)
+        query = mb.mul(x=query, y=kind(scaling))
+        # A soft cap is a whole number, which float16 holds; its reciprocal it does not.
+        scores = mb.real_div(x=mb.matmul(x=query, y=keys, transpose_y=True), y=kind(softcap))
         scores = mb.mul(x=mb.tanh(x=scores), y=kind(softcap))
         weights = mb.softmax(x=mb.add(x=scores, y=mask), axis=-1)
         attended = mb.matmul(x=weights, y=values)
@@ -190,12 +210,15 @@ def _held(cache: Any, layer: int) -> Any:
     """Return what a layer of a cache holds, (1, heads, end, width)."""
     from coremltools.converters.mil import Builder as mb
 
-    _, end = _ends()
+    columns = _lowering.get().columns
     _, _, heads, _, width = cache.shape
+    end: Any = [layer + 1, 1, heads, columns, width]
+    if not isinstance(columns, int):
+        end = mb.concat(values=[end[:3], mb.expand_dims(x=columns, axes=[0]), [width]], axis=0)
     held = mb.slice_by_index(
         x=cache,
         begin=[layer, 0, 0, 0, 0],
-        end=mb.concat(values=[[layer + 1, 1, heads], end, [width]], axis=0),
+        end=end,
         squeeze_mask=[True, False, False, False, False],
     )
     return mb.cast(x=held, dtype=_lowering.get().dtype)
@@ -222,7 +245,7 @@ def _mask(given: Any, window: int, groups: int) -> Any:
     assert lowering.ends is not None
     start, end = lowering.ends
     rows = mb.expand_dims(x=mb.range_1d(start=start, end=end, step=1), axes=[1])
-    columns = mb.expand_dims(x=mb.range_1d(start=0, end=end, step=1), axes=[0])
+    columns = mb.expand_dims(x=mb.range_1d(start=0, end=lowering.columns, step=1), axes=[0])
     # Some callers hand in a mask of zeros: that a token does not see later ones never depends on them.
     seen = mb.less_equal(x=columns, y=rows)
     if window:

@@ -29,10 +29,12 @@ DECODE, PREFILL = "decode", "prefill"
 """A decoder's functions: one token, and any number of them."""
 WEIGHT = "weight_"
 """How the inputs begin that become constants; a number follows."""
-_NEEDLESS = {
+_UNWANTED = {
     # These turn indices into 16 bits and guard against negative ones, of which there are none.
     "common::add_int16_cast",
     "common::guard_negative_gather_indices",
+    # The reciprocal of a number that float16 holds is one that it does not.
+    "common::divide_to_multiply",
 }
 
 
@@ -184,7 +186,7 @@ def convert(traced: Traced, inputs: Sequence[Any], output: str, dtype: str, targ
         for index, shape in enumerate(traced.shapes)
     ]
     pipeline = ct.PassPipeline.DEFAULT
-    pipeline.remove_passes(_NEEDLESS)
+    pipeline.remove_passes(_UNWANTED)
     pipeline.insert_pass(0, _own_pass())
     with lowering(dtype), _quiet():
         model = ct.convert(

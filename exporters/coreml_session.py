@@ -15,7 +15,7 @@ from slm_export.errors import InputError
 from slm_export.exporters import coreml_metadata as keys
 from slm_export.exporters.coreml_evaluator import Evaluator
 from slm_export.exporters.coreml_graph import DECODE, IDS, LOGITS, MASK, PREFILL
-from slm_export.exporters.coreml_package import Package
+from slm_export.exporters.coreml_package import Feature, Package
 from slm_export.runtime import Session
 from slm_export.tasks import GENERATION
 
@@ -56,7 +56,10 @@ class Decoder:
         self._functions = {name: Evaluator(package, name) for name in package.functions}
         self._state = self._functions[PREFILL].make_state()
         self._bytes = size_of(package.path)
-        (self._dtype,) = (f.dtype for f in package.functions[PREFILL].inputs if f.name == MASK)
+        features = {feature.name: feature for feature in package.functions[PREFILL].inputs}
+        self._dtype = features[MASK].dtype
+        self._width = _fixed_width(features[MASK])
+        self._lengths = _lengths(features[IDS])
         metadata = package.metadata
         self.context = int(metadata[keys.CONTEXT])
         self.prefill_chunk = int(metadata[keys.PREFILL])
@@ -66,9 +69,11 @@ class Decoder:
         """Feed tokens at position ``start``; return float32 (vocabulary,) after the last of them."""
         if not tokens or start + len(tokens) > self.context:
             raise ValueError(f"{len(tokens)} tokens at {start} do not fit a context of {self.context}")
-        logits = torch.empty(0)
-        for at in range(0, len(tokens), self.prefill_chunk):
-            logits = self._call(tokens[at : at + self.prefill_chunk], start + at)
+        logits, at = torch.empty(0), 0
+        while at < len(tokens):
+            count = self._count(len(tokens) - at)
+            logits = self._call(tokens[at : at + count], start + at)
+            at += count
         return logits[0, -1].float()
 
     def metadata(self) -> Mapping[str, str]:
@@ -80,14 +85,34 @@ class Decoder:
         self._functions.clear()
         self._state.clear()
 
+    def _count(self, left: int) -> int:
+        """Return how many of the tokens that are left the next call takes."""
+        if self._lengths is None:
+            return min(left, self.prefill_chunk)
+        return max((length for length in self._lengths if length <= left), default=1)
+
     def _call(self, tokens: Sequence[int], start: int) -> Tensor:
         count, end = len(tokens), start + len(tokens)
         rows = torch.arange(start, end).unsqueeze(1)
-        mask = torch.where(torch.arange(end) <= rows, 0.0, float("-inf")).to(self._dtype)
+        mask = torch.where(torch.arange(self._width or end) <= rows, 0.0, float("-inf")).to(self._dtype)
         inputs = {IDS: torch.tensor([tokens], dtype=torch.int32), MASK: mask[None, None]}
         function = self._functions[DECODE if count == 1 else PREFILL]
         with _threads_for(count * self._bytes):
             return function.predict(inputs, self._state)[LOGITS]
+
+
+def _fixed_width(mask: Feature) -> int | None:
+    """Return the columns that a mask always has; None where it ends with the last token."""
+    if mask.ranges is not None and mask.ranges[3][0] != mask.ranges[3][1]:
+        return None
+    return mask.shape[3]
+
+
+def _lengths(ids: Feature) -> tuple[int, ...] | None:
+    """Return the numbers of tokens that a function takes; None for any."""
+    if ids.enumerated:
+        return tuple(shape[1] for shape in ids.enumerated)
+    return None if ids.ranges is not None else (ids.shape[1],)
 
 
 class Encoder:

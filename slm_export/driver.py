@@ -10,10 +10,10 @@ from pathlib import Path
 
 from slm_export import __version__, bundle, fidelity
 from slm_export.checkpoint import Checkpoint
-from slm_export.compilation import Plan, context_for
+from slm_export.compilation import Plan, check_gates, context_for
 from slm_export.errors import GateError
 from slm_export.evaltext import load_documents
-from slm_export.fidelity.judging import checks_of
+from slm_export.fidelity.judging import checks_of, judge_acceleration
 from slm_export.finished import IN_MEMORY, Finished, Keeper, cache_folder, finished_weights, until_the_end
 from slm_export.gates import Gates
 from slm_export.hub import find_model
@@ -58,6 +58,7 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
         SlmExportError: whatever a user can cause or mend.
     """
     began = time.monotonic()
+    check_gates(plan)
     folder = find_model(plan.model, plan.request.revision)
     documents = load_documents(plan.request.eval_text)
     # Only now, because a compiler takes seconds to import: a mistyped folder is told of at once.
@@ -120,6 +121,7 @@ def _read(plan: Plan, folder: Path, progress: Progress) -> tuple[Checkpoint, Sou
             pad_id=tokenizer.pad_id,
             adds_bos=tokenizer.adds_bos,
             chat_template=tokenizer.chat_template,
+            coreml=plan.profile.coreml,
         )
     with progress.stage("check every weight", total=len(source.weights)) as stage:
         check_values(source, stage.advance)
@@ -243,9 +245,13 @@ def _judge(
         with progress.stage(f"measure {artifact.format}"):
             if subject.exporter.elsewhere is None:
                 latency = plan.target.benchmark(artifact.path, artifact.format, subject.task)
-            delegation = subject.exporter.delegation(artifact.path)
         if latency is not None:
             checks += checks_of(latency, subject.gates, {})
+    # No speed: a gate on it is judged without a benchmark too.
+    if plan.request.bench or subject.gates.min_accelerated is not None:
+        with progress.stage(f"see what accelerates {artifact.format}"):
+            delegation = subject.exporter.delegation(artifact.path)
+        checks += judge_acceleration(delegation, subject.gates)
     return FormatResult(artifact, judged.quality, checks, latency, delegation), judged
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from slm_export.checkpoint import Checkpoint
-from slm_export.profile import FORMATS, DeviceProfile
+from slm_export.profile import FORMATS, CoreML, DeviceProfile
 from slm_export.results import Artifact, Check, Delegation, Latency, ModelFacts
 from slm_export.runtime_tokenizers import RuntimeTokenizer
 from slm_export.tokenizer import SourceTokenizer
@@ -31,6 +31,8 @@ class ExportOptions:
     chat_template: str | None = None
     tokenizer: Path | None = None
     """The bundle's ``tokenizer/``, for formats whose files carry the tokenizer or name it."""
+    coreml: CoreML = field(default_factory=CoreML)
+    """How the device profile wants a Core ML package."""
 
 
 @runtime_checkable

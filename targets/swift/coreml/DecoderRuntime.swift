@@ -22,6 +22,7 @@ final class DecoderRuntime {
     private let decode: MLModel
     private let most: Int
     private let lengths: [Int]?
+    private let fixedWidth: Int?
     private let maskType: MLMultiArrayDataType
     private var cache: MLState
 
@@ -44,6 +45,7 @@ final class DecoderRuntime {
         most = try prefill.number(Name.most)
         let inputs = prefill.modelDescription.inputDescriptionsByName
         lengths = Self.lengths(of: inputs[Name.inputIds])
+        fixedWidth = Self.fixedWidth(of: inputs[Name.causalMask])
         maskType = inputs[Name.causalMask]?.multiArrayConstraint?.dataType ?? .float16
         cache = prefill.makeState()
     }
@@ -101,27 +103,35 @@ final class DecoderRuntime {
         }
     }
 
-    /// (1, 1, queries, end): 0 where a token sees another, itself and those before it, -infinity elsewhere.
+    /// The columns that every mask has, as wide as the cache; nil where a mask ends with the last token.
+    private static func fixedWidth(of mask: MLFeatureDescription?) -> Int? {
+        guard let constraint = mask?.multiArrayConstraint, constraint.shapeConstraint.type != .range else { return nil }
+        return constraint.shape[3].intValue
+    }
+
+    /// (1, 1, queries, width): 0 where a token sees another, itself and those before it, -infinity elsewhere.
     private func mask(queries: Int, end: Int) throws -> MLMultiArray {
-        let shape: [NSNumber] = [1, 1, queries as NSNumber, end as NSNumber]
+        let width = fixedWidth ?? end
+        let shape: [NSNumber] = [1, 1, queries as NSNumber, width as NSNumber]
         let mask = try MLMultiArray(shape: shape, dataType: maskType)
         mask.withUnsafeMutableBytes { bytes, strides in
             // Float16 is not a type on every Mac, but its bits are known.
             if maskType == .float16 {
-                Self.fill(bytes.bindMemory(to: UInt16.self), strides, queries, end, hidden: 0xFC00)
+                Self.fill(bytes.bindMemory(to: UInt16.self), strides, queries, end, width, hidden: 0xFC00)
             } else {
-                Self.fill(bytes.bindMemory(to: Float.self), strides, queries, end, hidden: -.infinity)
+                Self.fill(bytes.bindMemory(to: Float.self), strides, queries, end, width, hidden: -.infinity)
             }
         }
         return mask
     }
 
     private static func fill<Scalar: Numeric>(
-        _ mask: UnsafeMutableBufferPointer<Scalar>, _ strides: [Int], _ queries: Int, _ end: Int, hidden: Scalar
+        _ mask: UnsafeMutableBufferPointer<Scalar>, _ strides: [Int], _ queries: Int, _ end: Int, _ width: Int,
+        hidden: Scalar
     ) {
         for query in 0..<queries {
             let last = end - queries + query
-            for key in 0..<end { mask[query * strides[2] + key * strides[3]] = key <= last ? 0 : hidden }
+            for key in 0..<width { mask[query * strides[2] + key * strides[3]] = key <= last ? 0 : hidden }
         }
     }
 
