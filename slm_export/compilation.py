@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError
-from slm_export.gates import Gates
+from slm_export.gates import TELLING, Gates
 from slm_export.profile import DeviceProfile, default_profile, load_profile
 from slm_export.recipe import QuantizationOptions, Recipe, build_recipe
 from slm_export.registry import exporter, target
@@ -116,6 +116,17 @@ def make_plan(request: Request) -> Plan:
     if not request.bench:
         notes.append("speed was not measured, and no gate on it judged (--no-bench)")
     return Plan(request, request.model, profile, recipe, exporters, made_target, tuple(notes))
+
+
+def check_gates(plan: Plan) -> None:
+    """Raise InputError for a gate that cannot be judged in a format that is to be written."""
+    gates = plan.request.gates.over(plan.profile.gates)
+    silent = [made.name for made in plan.exporters if made.name not in TELLING]
+    if gates.min_accelerated is not None and silent:
+        raise InputError(
+            f"gate min_accelerated: of {' and '.join(silent)} cannot be told what an accelerator takes, only of "
+            f"{' and '.join(TELLING)}; leave the gate out, or the format"
+        )
 
 
 def context_for(plan: Plan, checkpoint: Checkpoint) -> int:

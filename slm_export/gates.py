@@ -2,6 +2,7 @@
 
 Every bound compares a figure of the manifest (``quality``, ``artifacts``, ``latency``) by name:
 ``max_kl_mean`` bounds ``kl_mean`` from above, ``min_top1_agreement`` bounds ``top1_agreement`` from below.
+``min_accelerated`` bounds a share that follows from ``delegation`` of the report.
 Built-in defaults depend on the bits of the recipe; a profile's ``[gates]`` overrides them, the
 user's ``slm-export.toml`` overrides both.
 """
@@ -9,6 +10,9 @@ user's ``slm-export.toml`` overrides both.
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
+
+TELLING = ("litert", "coreml")
+"""Formats of which can be told what an accelerator takes: measured for LiteRT, predicted for Core ML."""
 
 
 class Gates(BaseModel):
@@ -41,6 +45,8 @@ class Gates(BaseModel):
     min_prefill_tokens_per_s: float | None = Field(default=None, gt=0)
     max_time_to_first_token_ms: float | None = Field(default=None, gt=0)
     max_latency_ms: float | None = Field(default=None, gt=0)
+    # the share of multiply-adds that fast kernels take, or that a preferred unit is predicted to take
+    min_accelerated: float | None = Field(default=None, ge=0, le=1)
 
     def over(self, base: Gates) -> Gates:
         """Return ``base`` with every threshold that is set here replaced."""

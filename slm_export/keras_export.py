@@ -103,6 +103,10 @@ def _recipe(plan: Plan) -> GroupQuantize:
         )
     if FORMAT not in plan.profile.formats:
         raise InputError(f"device {plan.profile.name} does not run {FORMAT}, the format of TensorFlow models")
+    if request.gates.over(plan.profile.gates).min_accelerated is not None:
+        raise InputError(
+            "gate min_accelerated: what XNNPACK takes of a TensorFlow model is not told; leave the gate out"
+        )
     if request.revision is not None:
         raise InputError(
             f"--revision {request.revision} has no meaning for {plan.model}, which is no hub model"

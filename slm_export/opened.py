@@ -88,7 +88,7 @@ def _judge_all(
             notes.append("fidelity was not measured: give --source MODEL")
         else:
             judged = judge_artifact(subject, made_from, progress, trace=several)
-        checks[entry.format] = (*_size(entry, manifest.gates), *judged.checks)
+        checks[entry.format] = (*_size(entry, manifest.gates), *judged.checks, *_accelerated(subject))
         notes += judged.notes
         if judged.trace is not None:
             traces[entry.format], stored[entry.format] = judged.trace, made.stored(path)
@@ -124,6 +124,12 @@ def _made_from(
 def _size(entry: ArtifactEntry, gates: Gates) -> tuple[Check, ...]:
     artifact = Artifact(Path(entry.path), entry.format, entry.bytes, entry.sha256, entry.bits_per_weight)
     return judging.checks_of(artifact, Gates(max_bytes=gates.max_bytes), {})
+
+
+def _accelerated(subject: Subject) -> tuple[Check, ...]:
+    if subject.gates.min_accelerated is None:
+        return ()
+    return judging.judge_acceleration(subject.exporter.delegation(subject.path), subject.gates)
 
 
 def _runner_tokenizer(folder: Path, manifest: Manifest, format: str) -> Path:

@@ -178,12 +178,17 @@ def _print_fidelity(console: Console, result: FormatResult) -> None:
 
 def _print_speed(console: Console, result: FormatResult) -> None:
     rows: list[tuple[str, ...]] = list(words.speed_rows(result))
-    if not rows:
-        return
-    _heading(console, f"Speed of {result.artifact.format} ({words.where_measured(result)})")
-    _rows(console, rows, right=frozenset({1}))
+    if rows:
+        _heading(console, f"Speed of {result.artifact.format} ({words.where_measured(result)})")
+        _rows(console, rows, right=frozenset({1}))
     if taken := words.delegation(result):
+        if result.delegation is not None and result.delegation.predicted:
+            _heading(console, f"Units and memory of {result.artifact.format}, predicted and not measured")
+        elif not rows:
+            _heading(console, f"Fast kernels of {result.artifact.format}")
         console.print(_line(f"  {taken}", "dim"))
+        for line in (*words.units(result), *words.load_memory(result)):
+            console.print(_line(f"  {line}", "dim"))
 
 
 def to_html(report: Report) -> str:

@@ -91,9 +91,37 @@ def delegation(result: FormatResult) -> str:
     rest = ", ".join(f"{name} {count}" for name, count in sorted(found.rest.items()))
     shares = (
         f"{found.delegate} takes {found.taken} of {found.operators} operators of {found.function}, "
-        f"{100 * found.taken_multiplications / max(1, found.multiplications):.1f}% of the multiply-adds"
+        f"{100 * found.accelerated:.1f}% of the multiply-adds"
     )
     return f"{shares}; left: {rest}" if rest else shares
+
+
+def units(result: FormatResult) -> list[str]:
+    """Say what share of the multiply-adds may run on each unit, and what is known to keep operators off it."""
+    found = result.delegation
+    if found is None:
+        return []
+    lines = []
+    for unit, share in found.units.items():
+        lines.append(f"{unit}: nothing known keeps {100 * share:.1f}% of the multiply-adds off it")
+        for risk in (risk for risk in found.risks if risk.unit == unit):
+            count = sum(risk.operators.values())
+            affected = 100 * risk.multiplications / max(1, found.multiplications)
+            lines.append(f"  {count} operators, {affected:.1f}%: {risk.reason} ({risk.source})")
+    return lines
+
+
+def load_memory(result: FormatResult) -> list[str]:
+    """Say what the constants of an artifact take once it is loaded, and on what that depends."""
+    if result.delegation is None or (found := result.delegation.memory) is None:
+        return []
+    lines = [f"constants as they are stored: {megabytes(found.packed_bytes)}"]
+    if found.expanded_bytes != found.packed_bytes:
+        lines[0] += f", {found.packed_when}"
+        lines.append(
+            f"constants, all of them expanded: {megabytes(found.expanded_bytes)}, {found.expanded_when}"
+        )
+    return lines + ([f"states: {megabytes(found.state_bytes)}"] if found.state_bytes else [])
 
 
 def limit(check: Check) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from slm_export.gates import Gates
-from slm_export.results import Artifact, Check, Latency, Quality
+from slm_export.results import Artifact, Check, Delegation, Latency, Quality
 
 
 def checks_of(
@@ -23,6 +23,25 @@ def checks_of(
         if name in figures:
             checks.append(_check(name, figures[name], float(limit), side == "max", details.get(name, "")))
     return tuple(checks)
+
+
+def judge_acceleration(found: Delegation | None, gates: Gates) -> tuple[Check, ...]:
+    """Hold the share of multiply-adds that is taken against its bound; what cannot be told fails."""
+    limit = gates.min_accelerated
+    if limit is None:
+        return ()
+    if found is None:
+        return (_check("accelerated", None, limit, False, ""),)
+    left = found.multiplications - found.taken_multiplications
+    unit = found.delegate.split(" (")[0]
+    reasons = [
+        f"{risk.reason} ({100 * risk.multiplications / found.multiplications:.1f}%)"
+        for risk in found.risks
+        if risk.unit == unit and risk.multiplications
+    ]
+    rest = f", left: {', '.join(sorted(found.rest))}" if left and not reasons else ""
+    detail = "; ".join((f"{found.delegate}, function {found.function}{rest}", *reasons))
+    return (_check("accelerated", found.accelerated, limit, False, detail),)
 
 
 def _check(name: str, value: float | None, limit: float, is_max: bool, detail: str) -> Check:
