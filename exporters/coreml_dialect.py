@@ -117,6 +117,11 @@ def _(
     return query.new_empty((batch, tokens, heads, width)), torch.empty_like(keys), torch.empty_like(values)
 
 
+def query_factor(scaling: float, width: int, softcap: float) -> float:
+    """Return what queries are multiplied by: the scaling that is left where attention itself divides by sqrt(width)."""
+    return scaling if softcap else scaling * width**0.5
+
+
 class Call:
     """The inputs of the call that is being traced, where the parts find them."""
 

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
-from slm_export.exporters.coreml_dialect import NAMESPACE
+from slm_export.exporters.coreml_dialect import NAMESPACE, query_factor
 
 KEYS, VALUES = "keyCache", "valueCache"
 """The states' names: swift-transformers looks for them."""
@@ -170,16 +170,15 @@ def coreml_attention(context: Any, node: Any) -> None:
     mask = _mask(_source(context[names[3]]), window, groups)
     # Query heads of one key-value head stand below each other: keys and values are never repeated.
     query = mb.reshape(x=query, shape=[1, kv_heads, -1, width])
+    if (factor := query_factor(scaling, width, softcap)) != 1:
+        query = mb.mul(x=query, y=kind(factor))
     if softcap:
-        query = mb.mul(x=query, y=kind(scaling))
         # A soft cap is a whole number, which float16 holds; its reciprocal it does not.
         scores = mb.real_div(x=mb.matmul(x=query, y=keys, transpose_y=True), y=kind(softcap))
         scores = mb.mul(x=mb.tanh(x=scores), y=kind(softcap))
         weights = mb.softmax(x=mb.add(x=scores, y=mask), axis=-1)
         attended = mb.matmul(x=weights, y=values)
     else:
-        if scaling * width**0.5 != 1:
-            query = mb.mul(x=query, y=kind(scaling * width**0.5))
         attended = mb.scaled_dot_product_attention(query=query, key=keys, value=values, attn_mask=mask)
     heads = mb.reshape(x=attended, shape=[1, kv_heads * groups, -1, width])
     result = mb.cast(x=mb.transpose(x=heads, perm=[0, 2, 1, 3]), dtype="fp32")

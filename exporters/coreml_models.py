@@ -27,6 +27,7 @@ from slm_export.provenance import licence_of
 from slm_export.results import Signature
 from slm_export.runtime import ExportOptions
 from slm_export.tasks import CLASSIFICATION, TOKENS, output_shape
+from slm_export.weights import Quantized
 
 _LONGEST = 256
 """Tokens of one call that our sessions and apps use where any number will do: it returns the logits of all of them."""
@@ -138,10 +139,16 @@ def write_decoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) ->
 
 
 def write_encoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> tuple[Signature, ...]:
-    """Write an encoder, for inputs of a few lengths."""
+    """Write an encoder, for inputs of a few lengths.
+
+    Raises:
+        InputError: iOS 17, and matrices of 4 bits.
+    """
     import coremltools as ct
     import numpy as np
 
+    if options.coreml.ios < 18:
+        _refuse_groups(checkpoint)
     dtype = program_dtype(checkpoint)
     traced, names = trace_encoder(checkpoint, options.context)
     lengths = (*(length for length in _LENGTHS if length < options.context), options.context)
@@ -154,6 +161,15 @@ def write_encoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) ->
     PackageWriter(checkpoint, dtype, path).write({"main": function}, "main", metadata, **_facts(checkpoint))
     takes = dict.fromkeys(names, f"int32[1, {'|'.join(map(str, lengths))}]")
     return (Signature("main", takes, {output: described.replace("float32", _DTYPES[dtype])}),)
+
+
+def _refuse_groups(checkpoint: Checkpoint) -> None:
+    for name, weight in checkpoint.weights.items():
+        if isinstance(weight, Quantized) and weight.bits != 8:
+            raise InputError(
+                f"{name}: {weight.bits} bits with a scale per group need iOS 18; give --bits 8, or leave out "
+                "coreml.ios = 17 in the device profile"
+            )
 
 
 def _metadata(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, str]:

@@ -49,9 +49,12 @@ def _threads_for(work: int) -> Iterator[None]:
 
 
 class Decoder:
-    """A decoder's two functions over one state."""
+    """A decoder's two functions over one state.
 
-    def __init__(self, package: Package) -> None:
+    Given   hidden: what the mask adds to the scores of later tokens, where its width is not fixed
+    """
+
+    def __init__(self, package: Package, hidden: float = float("-inf")) -> None:
         self._package = package
         self._functions = {name: Evaluator(package, name) for name in package.functions}
         self._state = self._functions[PREFILL].make_state()
@@ -59,6 +62,8 @@ class Decoder:
         features = {feature.name: feature for feature in package.functions[PREFILL].inputs}
         self._dtype = features[MASK].dtype
         self._width = _fixed_width(features[MASK])
+        # A mask of fixed width also says where the tokens stand.
+        self._hidden = hidden if self._width is None else float("-inf")
         self._lengths = _lengths(features[IDS])
         metadata = package.metadata
         self.context = int(metadata[keys.CONTEXT])
@@ -94,7 +99,8 @@ class Decoder:
     def _call(self, tokens: Sequence[int], start: int) -> Tensor:
         count, end = len(tokens), start + len(tokens)
         rows = torch.arange(start, end).unsqueeze(1)
-        mask = torch.where(torch.arange(self._width or end) <= rows, 0.0, float("-inf")).to(self._dtype)
+        columns = torch.arange(self._width or end)
+        mask = torch.where(columns <= rows, 0.0, self._hidden).to(self._dtype)
         inputs = {IDS: torch.tensor([tokens], dtype=torch.int32), MASK: mask[None, None]}
         function = self._functions[DECODE if count == 1 else PREFILL]
         with _threads_for(count * self._bytes):

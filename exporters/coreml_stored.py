@@ -15,7 +15,8 @@ from slm_export.exporters.coreml_package_blob import Packed
 from slm_export.exporters.coreml_package_program import Operation
 from slm_export.weights import Quantized
 
-_BLOCKWISE = "constexpr_blockwise_shift_scale"
+_CODES = {"constexpr_blockwise_shift_scale": "data", "constexpr_affine_dequantize": "quantized_data"}
+"""Operations that make a matrix of codes and scales -> their parameter for the codes."""
 
 
 def read_weights(path: Path) -> Mapping[str, Quantized]:
@@ -33,7 +34,7 @@ def read_weights(path: Path) -> Mapping[str, Quantized]:
         {
             names.get(operation.outputs[0][0], operation.outputs[0][0]): operation
             for operation in function.operations
-            if operation.kind == _BLOCKWISE
+            if operation.kind in _CODES
         }
         for function in package.functions.values()
     ]
@@ -45,24 +46,34 @@ def read_weights(path: Path) -> Mapping[str, Quantized]:
 
 def _alike(one: Operation, other: Operation | None) -> bool:
     return other is not None and all(
-        torch.equal(_constant(one, key).data, _constant(other, key).data) for key in ("data", "scale")
+        torch.equal(_constant(one, key).data, _constant(other, key).data)
+        for key in (_CODES[one.kind], "scale")
     )
 
 
 def _matrix(operation: Operation) -> Quantized:
-    data, scales = _constant(operation, "data"), _constant(operation, "scale")
-    if set(operation.inputs) != {"data", "scale"} or data.element.name not in ("int4", "int8"):
+    data, scales = _constant(operation, _CODES[operation.kind]), _constant(operation, "scale").tensor()
+    _refuse_shift(operation)
+    if data.element.name not in ("int4", "int8") or len(data.shape) != 2:
         raise InputError(f"{operation.where}: not on the grid of symmetric int4 and int8")
     rows, columns = data.shape
-    if len(scales.shape) != 2 or scales.shape[0] != rows or columns % scales.shape[1]:
+    scales = scales.unsqueeze(1) if scales.dim() == 1 else scales
+    if scales.dim() != 2 or scales.shape[0] != rows or columns % scales.shape[1]:
         raise InputError(f"{operation.where}: scales {list(scales.shape)} for a matrix {[rows, columns]}")
     packed = data.data.view(rows, -1)
     return Quantized.of(
         (rows, columns),
         data.element.bits,
         packed if data.element.bits == 4 else packed.view(torch.int8),
-        scales.tensor().to(torch.float32),
+        scales.to(torch.float32),
     )
+
+
+def _refuse_shift(operation: Operation) -> None:
+    """The grid is symmetric: no offset, no zero point other than 0, scales along the rows."""
+    for key in set(operation.inputs) - {_CODES[operation.kind], "scale"}:
+        if key not in ("zero_point", "axis") or _constant(operation, key).tensor().any():
+            raise InputError(f"{operation.where}: its '{key}' leads off the grid of symmetric int4 and int8")
 
 
 def _constant(operation: Operation, key: str) -> Packed:

@@ -21,11 +21,14 @@ from slm_export.exporters.coreml_graph import WEIGHT, Function
 from slm_export.exporters.coreml_metadata import WEIGHTS
 from slm_export.exporters.coreml_package import MANIFEST
 from slm_export.exporters.coreml_package_blob import BY_CODE, BY_NAME, WeightFile
-from slm_export.weights import Dense, Weight
+from slm_export.weights import Dense, Quantized, Weight
 
 _AUTHOR = "com.apple.CoreML"
 _MODEL, _FOLDER = f"{_AUTHOR}/model.mlmodel", f"{_AUTHOR}/weights"
 _FILE = "@model_path/weights/weight.bin"
+_IOS_18 = 9
+"""The version of the specification that has scales per group."""
+_TORCH = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 class PackageWriter:
@@ -98,7 +101,12 @@ class PackageWriter:
 
     def _constant(self, name: str, blobs: BlobWriter) -> Any:
         if name not in self._constants:
-            self._constants[name] = _constant(name, self._checkpoint.weights[name], self._dtype, blobs)
+            weight = self._checkpoint.weights[name]
+            if isinstance(weight, Dense):
+                self._constants[name] = _dense(name, weight, self._dtype, blobs)
+            else:
+                make = _blockwise if self._spec.specificationVersion >= _IOS_18 else _affine
+                self._constants[name] = make(name, weight, self._dtype, blobs)
         return self._constants[name]
 
     def _write_manifest(self) -> None:
@@ -124,29 +132,50 @@ def identifier(name: str) -> str:
     return re.sub(r"\W", "_", name)
 
 
-def _constant(name: str, weight: Weight, dtype: str, blobs: BlobWriter) -> Any:
-    """Return the operation that makes a matrix, its data stored."""
-    from coremltools.proto import MIL_pb2
+def _dense(name: str, weight: Weight, dtype: str, blobs: BlobWriter) -> Any:
+    """Return the operation that makes a matrix of floats, its data stored."""
+    operation = _operation("const", name, dtype, weight)
+    offset = blobs.tensor(dtype, weight.float32().to(_TORCH[dtype]))
+    _set_file(operation.attributes["val"], offset, dtype, weight.shape)
+    return operation
 
-    operation = MIL_pb2.Operation()
-    operation.attributes["name"].CopyFrom(_text(f"{identifier(name)}_op"))
-    output = operation.outputs.add(name=identifier(name))
-    _set_type(output.type, dtype, weight.shape)
-    if isinstance(weight, Dense):
-        values = weight.float32().to(torch.float16 if dtype == "fp16" else torch.float32)
-        operation.type = "const"
-        offset = blobs.tensor(dtype, values)
-        _set_file(operation.attributes["val"], offset, dtype, weight.shape)
-        return operation
+
+def _blockwise(name: str, weight: Quantized, dtype: str, blobs: BlobWriter) -> Any:
+    """Return the operation that makes a matrix of codes and scales per group (iOS 18)."""
+    operation = _operation("constexpr_blockwise_shift_scale", name, dtype, weight)
     packed, scales = weight.load()
-    operation.type = "constexpr_blockwise_shift_scale"
     element = f"int{weight.bits}"
     offset = blobs.tensor(element, packed)
     _set_file(operation.inputs["data"].arguments.add().value, offset, element, weight.shape)
     # Exact: a scale is a bfloat16 value that float16 can hold.
-    values = scales.to(torch.float16 if dtype == "fp16" else torch.float32)
-    offset = blobs.tensor(dtype, values)
+    offset = blobs.tensor(dtype, scales.to(_TORCH[dtype]))
     _set_file(operation.inputs["scale"].arguments.add().value, offset, dtype, tuple(scales.shape))
+    return operation
+
+
+def _affine(name: str, weight: Quantized, dtype: str, blobs: BlobWriter) -> Any:
+    """Return the operation that makes a matrix of int8 codes and a scale per row (iOS 16)."""
+    operation = _operation("constexpr_affine_dequantize", name, dtype, weight)
+    packed, scales = weight.load()
+    assert scales.shape[1] == 1, "refused before"
+    offset = blobs.tensor("int8", packed)
+    _set_file(operation.attributes["quantized_data"], offset, "int8", weight.shape)
+    offset = blobs.tensor(dtype, scales[:, 0].to(_TORCH[dtype]))
+    _set_file(operation.attributes["scale"], offset, dtype, weight.shape[:1])
+    zero, axis = operation.attributes["zero_point"], operation.attributes["axis"]
+    _set_type(zero.type, "int8", ())
+    zero.immediateValue.tensor.bytes.values = bytes(1)
+    _set_type(axis.type, "int32", ())
+    axis.immediateValue.tensor.ints.values.append(0)
+    return operation
+
+
+def _operation(kind: str, name: str, dtype: str, weight: Weight) -> Any:
+    from coremltools.proto import MIL_pb2
+
+    operation = MIL_pb2.Operation(type=kind)
+    operation.attributes["name"].CopyFrom(_text(f"{identifier(name)}_op"))
+    _set_type(operation.outputs.add(name=identifier(name)).type, dtype, weight.shape)
     return operation
 
 

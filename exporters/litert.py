@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError, needs
-from slm_export.results import Artifact, Signature, written
+from slm_export.results import Artifact, Check, Signature, written
 from slm_export.runtime import ExportOptions, Session
 from slm_export.tasks import ENDINGS, GENERATION, output_shape
 from slm_export.tokenizer import OWN_TOKENIZER
@@ -101,6 +101,10 @@ class LiteRTExporter:
             from slm_export.exporters.litert_reader import read_weights
 
             return read_weights(path)
+
+    def own_checks(self, path: Path, checkpoint: Checkpoint, tokens: Sequence[int]) -> tuple[Check, ...]:
+        """Nothing that the other checks do not tell."""
+        return ()
 
     def delegation(self, path: Path) -> Delegation:
         """Return what XNNPACK takes of the first function: decode, or the shortest input."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,7 +19,7 @@ from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError, needs
 from slm_export.exporters.onnx_genai import GenaiTokenizer, generate, write_config
 from slm_export.exporters.onnx_session import open_session
-from slm_export.results import Artifact, Signature, written
+from slm_export.results import Artifact, Check, Signature, written
 from slm_export.runtime import ExportOptions, Session
 from slm_export.runtime_tokenizers import RuntimeTokenizer
 from slm_export.tasks import ENDINGS, GENERATION
@@ -92,6 +92,10 @@ class OnnxExporter:
         with needs(self.name, _PACKAGES):
             importlib.import_module("onnx")
         return read_stored(path)
+
+    def own_checks(self, path: Path, checkpoint: Checkpoint, tokens: Sequence[int]) -> tuple[Check, ...]:
+        """Nothing that the other checks do not tell."""
+        return ()
 
     def delegation(self, path: Path) -> None:
         """Nothing is handed over: ONNX Runtime's own kernels run the whole graph."""

@@ -162,8 +162,6 @@ class CoreML(_Frozen):
     """The oldest system that opens it: iOS 17 with macOS 14, or iOS 18 with macOS 15. Decoders and int4 need 18."""
     query_lengths: Literal["dynamic"] | tuple[Annotated[int, Field(ge=1)], ...] = "dynamic"
     """Tokens that one call of a decoder takes: any number, or one of these. The Neural Engine wants fixed ones."""
-    palettize: Literal[4, 6] | None = None
-    """Bits of a lookup table per matrix in place of integers with scales, for the Neural Engine; None for integers."""
 
     @field_validator("query_lengths")
     @classmethod

@@ -241,12 +241,10 @@ def test_recipe_steps_keep_their_options_and_order():
 def test_core_ml_is_set_as_documented():
     assert parse("").coreml.query_lengths == "dynamic"
     assert parse("[coreml]\nquery_lengths = [1, 64]").coreml.query_lengths == (1, 64)
-    assert parse("[coreml]\nios = 17\npalettize = 6").coreml.ios == 17
+    assert parse("[coreml]\nios = 17").coreml.ios == 17
 
 
-@pytest.mark.parametrize(
-    "text", ["ios = 16", "palettize = 5", "query_lengths = []", "query_lengths = [64, 1]"]
-)
+@pytest.mark.parametrize("text", ["ios = 16", "query_lengths = []", "query_lengths = [64, 1]"])
 def test_what_core_ml_cannot_do_is_refused(text):
     assert f"coreml.{text.split(' ')[0]}" in problem(f"[coreml]\n{text}")
 
