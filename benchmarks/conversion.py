@@ -3,6 +3,7 @@
     python benchmarks/conversion.py llama-3.2-1b --peer
     python benchmarks/conversion.py llama-3.2-1b --format litert --format onnx --peer --peer-python VENV/bin/python
     python benchmarks/conversion.py llama-3.2-1b --format executorch --format litert --format onnx --together
+    python benchmarks/conversion.py llama-3.2-1b --format coreml
     python benchmarks/conversion.py smollm2-135m smollm2-360m llama-3.2-1b llama-3.2-3b mistral-7b --plot out.png
     python benchmarks/conversion.py mistral-7b phi-4-mini --memory 16
 
@@ -30,7 +31,12 @@ from peers import CONTEXT, PEERS, Command
 from rich.console import Console
 from rich.table import Table
 
-FILES = {"executorch": "model.pte", "litert": "model.litertlm", "onnx": "model.onnx"}
+FILES = {
+    "executorch": "model.pte",
+    "litert": "model.litertlm",
+    "onnx": "model.onnx",
+    "coreml": "Model.mlpackage",
+}
 _RECIPE = ("--bits", "4", "--group-size", "32", "--embedding-bits", "4")
 
 
@@ -57,6 +63,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep models and artifacts here")
     parser.add_argument("--plot", type=Path, help="draw time and memory by size")
     arguments = parser.parse_args()
+    if arguments.peer and (lacking := set(arguments.formats or ()) - set(PEERS)):
+        parser.error(f"no peer of {', '.join(lacking)} is known here")
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         rows = [row for name in arguments.geometries for row in _rows(name, work, arguments)]
@@ -89,7 +97,8 @@ def _rows(name: str, work: Path, arguments: argparse.Namespace) -> list[tuple[st
 
 def ours(folder: Path, out: Path, formats: Sequence[str], memory: float | None = None) -> Cost:
     """Convert with slm-export."""
-    command = [sys.executable, "-m", "slm_export", str(folder), "--target", "android", *_RECIPE]
+    target = "ios" if "coreml" in formats else "android"
+    command = [sys.executable, "-m", "slm_export", str(folder), "--target", target, *_RECIPE]
     command += [part for format in formats for part in ("--format", format)]
     command += ["--context", str(CONTEXT), "--no-verify", "--no-bench", "--force", "--out", str(out)]
     return _measured(Command(command, [out / format / FILES[format] for format in formats]), memory)
@@ -117,7 +126,8 @@ def _measured(command: Command, memory: float | None = None) -> Cost:
 
 def size_of(path: Path) -> int:
     """Return the bytes of an artifact, data beside it included."""
-    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+    files = [path, *path.parent.glob(f"{path.name}.*"), *path.rglob("*")]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _print(rows: Sequence[tuple[str, str, int, Cost]]) -> None:
