@@ -13,7 +13,7 @@ from torch import Tensor
 from slm_export.exporters.coreml_operators import wide
 from slm_export.exporters.coreml_package_blob import Packed
 
-_BLOCK = 1 << 22  # values of a matrix that stand in memory as float32 at a time
+_BLOCK = 1 << 18  # values of a matrix that stand in memory as float32 at a time: as many as caches hold
 
 
 class Constant(ABC):

@@ -164,15 +164,18 @@ def constexpr_affine_dequantize(
     rank = len(quantized_data.shape)
     position = axis_of(axis.tensor(), rank)
 
-    def spread(values: Tensor) -> Tensor:
+    def spread(values: Tensor, shape: list[int]) -> Tensor:
         if values.dim() > 1 or (values.dim() and values.numel() not in (1, quantized_data.shape[position])):
             raise InputError(
                 f"{list(values.shape)} values along axis {position} of {list(quantized_data.shape)}"
             )
-        return values.reshape([-1 if dim == position else 1 for dim in range(rank)])
+        return values.reshape([-1 if dim == position else 1 for dim in range(rank)]).expand(shape)
 
-    scales, zeros = torch.broadcast_tensors(spread(scale.tensor()), spread(zero_point.tensor()).float())
-    return ShiftScale(quantized_data, scales, zeros)
+    blocks = [1] * rank
+    blocks[position] = max(math.prod(scale.shape), math.prod(zero_point.shape))
+    return ShiftScale(
+        quantized_data, spread(scale.tensor(), blocks), spread(zero_point.tensor(), blocks).float()
+    )
 
 
 @operator("constexpr_blockwise_shift_scale", since=18, constant=True)

@@ -38,25 +38,28 @@ _LOGICAL: dict[str, Callable[..., Tensor]] = {
     "logical_or": torch.logical_or,
     "logical_xor": torch.logical_xor,
 }
-_UNARY: dict[str, Callable[[Tensor], Tensor]] = {
+# These either choose among fp16 values or, as the product above, are rounded by torch itself.
+_EXACT: dict[str, Callable[[Tensor], Tensor]] = {
     "abs": torch.abs,
+    "ceil": torch.ceil,
+    "floor": torch.floor,
+    "round": torch.round,
+    "sign": torch.sign,
+    "square": lambda x: torch.mul(x, x),
+}
+_UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "acos": torch.acos,
     "asin": torch.asin,
     "atan": torch.atan,
     "atanh": torch.atanh,
-    "ceil": torch.ceil,
     "cos": torch.cos,
     "cosh": torch.cosh,
     "erf": torch.erf,
     "exp": torch.exp,
     "exp2": lambda x: torch.exp2(x.float()),
-    "floor": torch.floor,
-    "round": torch.round,
-    "sign": torch.sign,
     "sin": torch.sin,
     "sinh": torch.sinh,
     "sqrt": torch.sqrt,
-    "square": torch.square,
     "tan": torch.tan,
     "tanh": torch.tanh,
 }
@@ -87,6 +90,13 @@ def _logical(function: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tens
     return run
 
 
+def _plain(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        return function(x)
+
+    return run
+
+
 def _unary(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def run(x: Tensor) -> Tensor:
         return function(wide(x)).to(x.dtype)
@@ -100,6 +110,8 @@ for _kind, _function in _WIDENED.items():
     add(_kind, _widened(_function))
 for _kind, _function in _LOGICAL.items():
     add(_kind, _logical(_function))
+for _kind, _function in _EXACT.items():
+    add(_kind, _plain(_function))
 for _kind, _function in _UNARY.items():
     add(_kind, _unary(_function))
 

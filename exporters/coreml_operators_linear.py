@@ -62,7 +62,7 @@ def _ready(x: Tensor | Constant) -> Tensor:
     return wide(x.tensor()) if kept is None else kept
 
 
-def _transposed(x: Tensor, transpose: Tensor | bool) -> Tensor:
+def _transposed(x: Tensor, transpose: Size) -> Tensor:
     return x.mT if transpose and x.dim() > 1 else x
 
 
@@ -92,8 +92,7 @@ def scaled_dot_product_attention(
     same_type(query, value)
     scores = torch.matmul(wide(query), wide(key).mT) / math.sqrt(query.shape[-1])
     if attn_mask is not None:
-        if torch.broadcast_shapes(attn_mask.shape, scores.shape) != scores.shape:
-            raise InputError(f"a mask {list(attn_mask.shape)} for scores {list(scores.shape)}")
+        # In place, so that torch refuses a mask that does not broadcast to the scores.
         if attn_mask.dtype == torch.bool:
             scores.masked_fill_(~attn_mask, -math.inf)
         else:

@@ -24,8 +24,6 @@ def _product(x: Tensor, axes: list[int], keep: bool) -> Tensor:
 _REDUCTIONS: dict[str, Callable[[Tensor, list[int], bool], Tensor]] = {
     "reduce_sum": lambda x, axes, keep: x.sum(axes, keepdim=keep),
     "reduce_mean": lambda x, axes, keep: x.mean(axes, keepdim=keep),
-    "reduce_max": lambda x, axes, keep: x.amax(axes, keepdim=keep),
-    "reduce_min": lambda x, axes, keep: x.amin(axes, keepdim=keep),
     "reduce_prod": _product,
     "reduce_l1_norm": lambda x, axes, keep: x.abs().sum(axes, keepdim=keep),
     "reduce_l2_norm": lambda x, axes, keep: x.square().sum(axes, keepdim=keep).sqrt(),
@@ -33,6 +31,20 @@ _REDUCTIONS: dict[str, Callable[[Tensor, list[int], bool], Tensor]] = {
     "reduce_log_sum_exp": lambda x, axes, keep: torch.logsumexp(x, axes, keepdim=keep),
     "reduce_sum_square": lambda x, axes, keep: x.square().sum(axes, keepdim=keep),
 }
+
+
+# These choose one of the elements: nothing to widen.
+_CHOICES: dict[str, Callable[[Tensor, list[int], bool], Tensor]] = {
+    "reduce_max": lambda x, axes, keep: x.amax(axes, keepdim=keep),
+    "reduce_min": lambda x, axes, keep: x.amin(axes, keepdim=keep),
+}
+
+
+def _choice(function: Callable[[Tensor, list[int], bool], Tensor]) -> Callable[..., Tensor]:
+    def run(x: Tensor, axes: Sizes | None = None, keep_dims: Size = False) -> Tensor:
+        return function(x, axes_of(axes, x.dim()), bool(keep_dims))
+
+    return run
 
 
 def _reduction(function: Callable[[Tensor, list[int], bool], Tensor]) -> Callable[..., Tensor]:
@@ -44,6 +56,8 @@ def _reduction(function: Callable[[Tensor, list[int], bool], Tensor]) -> Callabl
     return run
 
 
+for _kind, _function in _CHOICES.items():
+    add(_kind, _choice(_function))
 for _kind, _function in _REDUCTIONS.items():
     add(_kind, _reduction(_function))
 

@@ -167,7 +167,10 @@ class _Weights:
 
     def _locate(self, name: str) -> Path:
         parts = PurePosixPath(name).parts
-        path = self._model.joinpath(*parts[1:]).resolve()
+        try:
+            path = self._model.joinpath(*parts[1:]).resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # a zero byte, links that lead to each other
+            raise InputError(f"{self._package}: weight file {name!r}: {error}") from error
         if parts[:1] != (_MODEL_PATH,) or not path.is_relative_to(self._package):
             raise InputError(f"{self._package}: weight file '{name}' is not in the package")
         if not path.is_file():
@@ -180,12 +183,12 @@ def _specification_file(path: Path) -> Path:
     try:
         entries = json.loads(manifest.read_bytes())
         name = entries["itemInfoEntries"][entries["rootModelIdentifier"]]["path"]
-        file = (path / "Data" / name).resolve()
+        file = Path(path, "Data", name).resolve()
     except OSError as error:
         raise InputError(
             f"{manifest}: cannot be read: {error.strerror or error}; is it an .mlpackage?"
         ) from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise InputError(f"{manifest}: names no root model ({type(error).__name__}: {error})") from error
     if not file.is_relative_to(path.resolve()) or not file.is_file():
         raise InputError(f"{manifest}: its root model '{name}' is not in the package; export it again")
@@ -243,7 +246,8 @@ def _feature(where: str, feature: Any) -> Feature:
     if array.dataType not in _ARRAY_TYPES:
         raise InputError(f"{where}: '{feature.name}' has elements of unknown type {array.dataType}")
     shape = tuple(array.shape)
-    ranges, enumerated = None, ()
+    ranges: tuple[tuple[int, int | None], ...] | None = None
+    enumerated: tuple[tuple[int, ...], ...] = ()
     flexible = array.WhichOneof("ShapeFlexibility")
     if flexible == "shapeRange":
         sizes = array.shapeRange.sizeRanges
@@ -262,7 +266,7 @@ def _feature(where: str, feature: Any) -> Feature:
         feature.type.isOptional,
         getattr(array, default) if default else None,
     )
-    if any(size < 0 for size in shape) or not (made.accepts(shape)):
+    if any(size < 0 for size in shape) or not made.accepts(shape):
         raise InputError(
             f"{where}: '{feature.name}' has the default shape {list(shape)}, not {made.expected}"
         )

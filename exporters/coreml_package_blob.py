@@ -112,22 +112,25 @@ class Packed:
 
 
 def unpack(data: Tensor, bits: int, skipped: int, count: int, *, signed: bool = False) -> Tensor:
-    """Return count elements of some bits each from packed uint8 data, as uint8 or (signed) int8 (count,).
+    """Return count elements of some bits each from packed uint8 data, as uint8 or (signed, 4 bits) int8 (count,).
 
     Given   skipped: bits of the first byte that belong to the element before
     """
-    if bits in (1, 2, 4):
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-        parts = (data.unsqueeze(1) >> shifts) & ((1 << bits) - 1)
-        elements = parts.flatten()[skipped // bits : skipped // bits + count]
-    else:
-        stream = ((data.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()
-        wanted = stream[skipped : skipped + count * bits].view(count, bits)
-        elements = (wanted << torch.arange(bits, dtype=torch.uint8)).sum(dim=1, dtype=torch.uint8)
-    if not signed:
-        return elements
-    sign = 1 << (bits - 1)
-    return ((elements ^ sign).view(torch.int8) - sign).to(torch.int8)
+    if bits == 4:  # most weights: each byte becomes the two of a little-endian int16, in place from then on
+        pairs = data.to(torch.int16)
+        pairs |= pairs << 4
+        pairs &= 0x0F0F
+        elements = pairs.view(torch.int8 if signed else torch.uint8)
+        if signed:
+            elements ^= 8
+            elements -= 8
+        return elements[skipped // 4 : skipped // 4 + count]
+    if bits in (1, 2):
+        parts = (data.unsqueeze(1) >> torch.arange(0, 8, bits, dtype=torch.uint8)) & ((1 << bits) - 1)
+        return parts.flatten()[skipped // bits : skipped // bits + count]
+    stream = ((data.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()
+    wanted = stream[skipped : skipped + count * bits].view(count, bits)
+    return (wanted << torch.arange(bits, dtype=torch.uint8)).sum(dim=1, dtype=torch.uint8)
 
 
 class WeightFile:

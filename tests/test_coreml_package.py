@@ -270,6 +270,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a blob that is not there": (lambda s: setattr(blob(s), "offset", 1 << 50), "outside of the file"),
     "a blob between": (lambda s: setattr(blob(s), "offset", 65), "not aligned to 64"),
     "another file": (lambda s: setattr(blob(s), "fileName", "@model_path/weights/other.bin"), "is missing"),
+    "a file name that cannot be": (lambda s: setattr(blob(s), "fileName", "@model_path/a\0b"), "null byte"),
     "an absolute file": (lambda s: setattr(blob(s), "fileName", "/etc/passwd"), "not in the package"),
 }  # fmt: skip
 
