@@ -43,6 +43,9 @@ class Literal:
                 continue
             if each.kind == "read_state":
                 made = tensors["input"]
+            elif each.kind == "coreml_update_state":
+                made = tensors["value"]
+                values[given["state"].name] = made.clone()  # type: ignore[union-attr]
             elif each.kind == "slice_update":
                 made = tensors["x"].clone()
                 (r0, c0), (r1, c1) = tensors["begin"].tolist(), tensors["end"].tolist()
@@ -64,7 +67,9 @@ def draw_program(choose: Any) -> list[Operation]:
     operations: list[Operation] = []
     names, parts = ["x"], list[str]()
     for number in range(choose(st.integers(2, 14))):
-        kind = choose(st.sampled_from(["read", "update", "update", "write", "write", "view", "part", "add"]))
+        kind = choose(
+            st.sampled_from(["read", "update", "update", "write", "write", "both", "view", "part", "add"])
+        )
         name, source = f"v{number}", choose(st.sampled_from(names[-4:]))
         if kind == "read":
             made = operation("read_state", name, TYPE, input=choose(st.sampled_from("ab")))
@@ -73,6 +78,9 @@ def draw_program(choose: Any) -> list[Operation]:
                 operation("write_state", None, None, input=choose(st.sampled_from("ab")), data=source)
             )
             continue
+        elif kind == "both":
+            state = choose(st.sampled_from("ab"))
+            made = operation("coreml_update_state", name, TYPE, state=state, value=source)
         elif kind == "view":
             made = choose(
                 st.sampled_from(
