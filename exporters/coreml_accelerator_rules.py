@@ -177,5 +177,7 @@ RULES: tuple[Rule, ...] = (
 """Every rule; several may name one operator."""
 
 # Both: opt-quantization-perf.html and opt-overview.html of Apple's guide; the second: apple/coremltools issue 1741 too.
-PACKED_WHEN = "where they are decompressed as used: blocks of int4 on the GPU, lookup tables on the Neural Engine"
+PACKED_WHEN = (
+    "where they are decompressed as used: blocks of int4 on the GPU, lookup tables on the Neural Engine"
+)
 EXPANDED_WHEN = "where they are decompressed at load: on the CPU, sometimes on the GPU"

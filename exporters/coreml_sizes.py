@@ -1,13 +1,15 @@
 """The sizes of all values in one call of a saved function, and the multiply-adds of its products, without running it.
 
 Shapes go through the evaluator's own operators on torch's meta device, where nothing is computed. Vectors of integers
-are computed: they are what later shapes are made of.
+are computed: they are what later shapes are made of. One that depends on data, such as where in a cache a call begins,
+is taken to be 0.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +36,7 @@ def sizes_of(function: Function) -> dict[str, Shape]:
         InputError: a shape depends on values that are known when the program runs only.
     """
     values: dict[str, Tensor | str] = {
-        feature.name: torch.empty(_largest(feature), dtype=feature.dtype, device="meta")
+        feature.name: _kept(torch.empty(_largest(feature), dtype=feature.dtype, device="meta"))
         for feature in (*function.inputs, *function.states)
     }
     for operation in function.operations:
@@ -82,7 +84,9 @@ def _is_vector(output: tuple[str, TensorType]) -> bool:
 
 
 def _kept(value: Tensor) -> Tensor:
-    return value if value.dim() < 2 and not value.dtype.is_floating_point else value.to("meta")
+    if value.dim() > 1 or value.dtype.is_floating_point:
+        return value.to("meta")
+    return torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value
 
 
 def _resolved(part: Name | Value, values: Mapping[str, Tensor | str]) -> Tensor | str:
@@ -108,7 +112,9 @@ def _run(operation: Operation, opset: int, given: dict[str, Any]) -> tuple[Tenso
             operands[name] = value.tolist()
         else:
             operands[name] = _on_meta(value) if unknown else value
-    made = operator.run(**operands)
+    # What an operator makes for itself has to lie where its operands do; a shape is no data, and known.
+    with torch.device("meta") if unknown and operation.kind != "shape" else nullcontext():
+        made = operator.run(**operands)
     return made if isinstance(made, tuple) else (made,)
 
 

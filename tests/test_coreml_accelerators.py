@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from families import DECODERS, ENCODERS, save, save_tokenizer
 from forked import Forked
 
@@ -28,7 +29,7 @@ from slm_export.fidelity.judging import judge_acceleration
 from slm_export.gates import TELLING, Gates
 from slm_export.load import load_checkpoint
 from slm_export.optimizers.group_quantize import GroupQuantize
-from slm_export.profile import FORMATS
+from slm_export.profile import FORMATS, CoreML
 from slm_export.registry import exporter
 from slm_export.results import Delegation
 from slm_export.runtime import ExportOptions
@@ -39,14 +40,31 @@ SETTINGS = 'model = "model"\ntarget = "ios"\nformats = ["{}"]\n[gates]\nmin_acce
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Gemma with int4 in groups of 32, and its vocabulary in int8 per row; any number of tokens."""
-    folder = tmp_path_factory.mktemp("decoder")
-    save(DECODERS["gemma"], folder / "model")
-    checkpoint = GroupQuantize(bits=4, embedding_bits=8).run(load_checkpoint(folder / "model")).checkpoint
-    options = ExportOptions(context=CONTEXT, stop_ids=(2,), bos_id=1)
-    CoreMLExporter().write(checkpoint, options, folder / "Model.mlpackage")
-    return folder / "Model.mlpackage"
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma, whose heads are as wide as the Neural Engine wants states to be."""
+    folder = tmp_path_factory.mktemp("model")
+    save(DECODERS["gemma"], folder)
+    return folder
+
+
+def written(model: Path, path: Path, bits: int, asked: CoreML) -> Path:
+    checkpoint = GroupQuantize(bits=bits, embedding_bits=8).run(load_checkpoint(model)).checkpoint
+    options = ExportOptions(context=CONTEXT, stop_ids=(2,), bos_id=1, coreml=asked)
+    CoreMLExporter().write(checkpoint, options, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def decoder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder in int4 in groups of 32, its vocabulary in int8 per row, for any number of tokens."""
+    return written(model, tmp_path_factory.mktemp("any") / "Model.mlpackage", 4, CoreML())
+
+
+@pytest.fixture(scope="module")
+def listed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder in int8 per row, for numbers of tokens that are listed."""
+    asked = CoreML(query_lengths=(1, 16, 32))
+    return written(model, tmp_path_factory.mktemp("listed") / "Model.mlpackage", 8, asked)
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +180,10 @@ def test_a_rule_is_for_what_it_says_and_for_nothing_else(name: str) -> None:
     assert rule.reason not in {risk.reason for risk in missed.risks}
 
 
-def test_every_rule_is_tested_and_has_a_public_source() -> None:
+def test_every_rule_is_tested_and_has_a_public_source_that_the_page_names() -> None:
+    page = (ROOT / "docs" / "ios.md").read_text()
     assert list(CASES) == [rule.name for rule in RULES]
-    assert all(rule.source.startswith("https://") for rule in RULES)
+    assert all(rule.source.startswith("https://") and f"({rule.source})" in page for rule in RULES)
     assert {rule.unit for rule in RULES} == {NEURAL_ENGINE, GPU}
 
 
@@ -228,15 +247,22 @@ def shapes_of(package: Package, name: str) -> dict[str, tuple[int, ...]]:
     outputs = tuple(Feature(name, type.element.dtype, ()) for name, type in computed)
     every = replace(function, outputs=outputs, results=tuple(name for name, _ in computed))
     evaluator = Evaluator(replace(package, functions={name: every}, default=name))
-    inputs = {feature.name: torch.zeros(largest(feature), dtype=feature.dtype) for feature in function.inputs}
+    # Ids that are 0; a mask of a first call, which is what a fixed decoder tells its positions by.
+    inputs = {
+        feature.name: torch.full(
+            largest(feature), -math.inf if feature.dtype.is_floating_point else 0, dtype=feature.dtype
+        ).triu(1)
+        for feature in function.inputs
+    }
     return {
         name: tuple(value.shape) for name, value in evaluator.predict(inputs, evaluator.make_state()).items()
     }
 
 
 @pytest.mark.parametrize("name", ["decode", "prefill"])
-def test_sizes_of_a_decoder_are_those_of_a_run(name: str, decoder: Path) -> None:
-    package = Package.open(decoder)
+@pytest.mark.parametrize("kind", ["decoder", "listed"])
+def test_sizes_of_a_decoder_are_those_of_a_run(kind: str, name: str, request: pytest.FixtureRequest) -> None:
+    package = Package.open(request.getfixturevalue(kind))
     expected = shapes_of(package, name)
     found = sizes_of(package.functions[name])
     assert len(expected) > 200
@@ -278,6 +304,14 @@ def test_with_inputs_of_one_size_only_its_blocks_keep_a_decoder_off_the_neural_e
     assert "predicted" in check.detail
 
 
+def test_int8_for_listed_lengths_is_for_the_neural_engine(listed: Path) -> None:
+    found = CoreMLExporter().delegation(listed)
+    assert found.delegate.startswith(NEURAL_ENGINE)
+    assert found.units == {NEURAL_ENGINE: 1, GPU: 1}
+    (check,) = judge_acceleration(found, Gates(min_accelerated=1))
+    assert check.passed
+
+
 def test_the_function_that_is_taken_least_of_is_reported(
     decoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +329,14 @@ def test_constants_are_counted_once_packed_and_expanded(decoder: Path) -> None:
     assert found.expanded_bytes - found.packed_bytes == 2 * (matrices + 512 * 64) - packed
     assert packed < found.packed_bytes < (decoder / "Data/com.apple.CoreML/weights/weight.bin").stat().st_size
     assert found.state_bytes == 2 * 2 * (3 * 2 * CONTEXT * 32)
+
+
+def test_a_size_that_depends_on_data_is_an_error() -> None:
+    case = function(
+        replace(made("non_zero", (), x="x"), outputs=(("y", TensorType(BY_NAME["int32"], (None, 2))),))
+    )
+    with pytest.raises(InputError, match="non_zero: its size cannot be told without running"):
+        predict(case)
 
 
 # --- the gate ----------------------------------------------------------------------------------------
