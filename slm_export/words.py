@@ -103,7 +103,7 @@ def units(result: FormatResult) -> list[str]:
         return []
     lines = []
     for unit, share in found.units.items():
-        lines.append(f"{unit}: nothing known keeps {100 * share:.1f}% of the multiply-adds off it")
+        lines.append(f"{unit}: by what is publicly known, may take {100 * share:.1f}% of the multiply-adds")
         for risk in (risk for risk in found.risks if risk.unit == unit):
             count = sum(risk.operators.values())
             affected = 100 * risk.multiplications / max(1, found.multiplications)
