@@ -152,7 +152,10 @@ def write_encoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) ->
     dtype = program_dtype(checkpoint)
     traced, names = trace_encoder(checkpoint, options.context)
     lengths = (*(length for length in _LENGTHS if length < options.context), options.context)
-    shape = ct.EnumeratedShapes([(1, length) for length in lengths])
+    shape: Any = ct.EnumeratedShapes([(1, length) for length in lengths])
+    if options.coreml.ios < 18:
+        # Before iOS 18 one input alone may list its shapes.
+        shape = (1, ct.RangeDim(lengths[0], lengths[-1], default=lengths[0]))
     inputs = [ct.TensorType(name=name, shape=shape, dtype=np.int32) for name in names]
     output, described = output_shape(checkpoint.task, checkpoint.config)
     target = ct.target.iOS18 if options.coreml.ios >= 18 else ct.target.iOS17
