@@ -6,7 +6,7 @@ Result  a decoder is two functions over one KV cache in states, ``prefill`` (the
         vocabulary). An encoder takes int32 ids and mask (1, n) of a few lengths n and returns an embedding or scores.
 
 Activations are float16, in float32 where the checkpoint keeps 32 bits; a Core ML state is float16 always. Core ML runs
-on Apple's systems alone: what was written is read back from disk and executed by `coreml_evaluator`, operator by
+on Apple's systems alone: what was written is read back from disk and executed by `mil.evaluator`, operator by
 operator as the format's specification says.
 """
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from slm_export.exporters.coreml_package_blob import Packed
-from slm_export.exporters.coreml_package_program import Name, Operation
 from slm_export.exporters.coreml_sizes import CONSTEXPR, RECURRENT, Call, Shape
+from slm_export.exporters.mil.blob import Packed
+from slm_export.exporters.mil.program import Name, Operation
 
 NEURAL_ENGINE, GPU = "Neural Engine", "GPU"
 UNITS = (NEURAL_ENGINE, GPU)

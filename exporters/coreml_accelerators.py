@@ -19,10 +19,10 @@ from slm_export.exporters.coreml_accelerator_rules import (
     RULES,
     UNITS,
 )
-from slm_export.exporters.coreml_package import Function, Package
-from slm_export.exporters.coreml_package_blob import Packed, size_of
-from slm_export.exporters.coreml_package_program import Name, Operation
 from slm_export.exporters.coreml_sizes import CONSTEXPR, Call
+from slm_export.exporters.mil.blob import Packed, size_of
+from slm_export.exporters.mil.package import Function, Package
+from slm_export.exporters.mil.program import Name, Operation
 from slm_export.results import Delegation, LoadMemory, Risk
 
 PREDICTED = "predicted from public rules, not measured"

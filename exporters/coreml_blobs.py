@@ -1,6 +1,6 @@
 """Writes the weight file of an ML Program, constant after constant, none of them held in memory.
 
-The format is described in `coreml_package_blob`, which reads it.
+The format is described in `mil.blob`, which reads it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from slm_export.exporters.coreml_package_blob import ALIGNMENT, BY_NAME, SENTINEL, VERSION
+from slm_export.exporters.mil.blob import ALIGNMENT, BY_NAME, SENTINEL, VERSION
 
 _METADATA = struct.Struct("<IIQQQ")
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from slm_export.checkpoint import Checkpoint
 from slm_export.exporters.coreml_dialect import query_factor
 from slm_export.exporters.coreml_graph import program_dtype
-from slm_export.exporters.coreml_package import Package
 from slm_export.exporters.coreml_session import Decoder, Encoder
-from slm_export.exporters.coreml_widened import widened
+from slm_export.exporters.mil.package import Package
+from slm_export.exporters.mil.widened import widened
 from slm_export.model import build_reference
 from slm_export.norms import rms_norm_of
 from slm_export.results import Check

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_evaluator_plan import LISTS
-from slm_export.exporters.coreml_operators import find
-from slm_export.exporters.coreml_package import Feature, Function
-from slm_export.exporters.coreml_package_blob import Packed
-from slm_export.exporters.coreml_package_program import Name, Operation, TensorType, Value
+from slm_export.exporters.mil.blob import Packed
+from slm_export.exporters.mil.operators.registry import find
+from slm_export.exporters.mil.package import Feature, Function
+from slm_export.exporters.mil.plan import LISTS
+from slm_export.exporters.mil.program import Name, Operation, TensorType, Value
 
 Shape = tuple[int, ...]
 CONSTEXPR = "constexpr_"

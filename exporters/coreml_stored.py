@@ -10,9 +10,9 @@ import torch
 
 from slm_export.errors import InputError
 from slm_export.exporters.coreml_metadata import WEIGHTS
-from slm_export.exporters.coreml_package import Package
-from slm_export.exporters.coreml_package_blob import Packed
-from slm_export.exporters.coreml_package_program import Operation
+from slm_export.exporters.mil.blob import Packed
+from slm_export.exporters.mil.package import Package
+from slm_export.exporters.mil.program import Operation
 from slm_export.weights import Quantized
 
 _CODES = {"constexpr_blockwise_shift_scale": "data", "constexpr_affine_dequantize": "quantized_data"}

@@ -19,8 +19,8 @@ from slm_export.checkpoint import Checkpoint
 from slm_export.exporters.coreml_blobs import BlobWriter
 from slm_export.exporters.coreml_graph import WEIGHT, Function
 from slm_export.exporters.coreml_metadata import WEIGHTS
-from slm_export.exporters.coreml_package import MANIFEST
-from slm_export.exporters.coreml_package_blob import BY_CODE, BY_NAME, WeightFile
+from slm_export.exporters.mil.blob import BY_CODE, BY_NAME, WeightFile
+from slm_export.exporters.mil.package import MANIFEST
 from slm_export.weights import Dense, Quantized, Weight
 
 _AUTHOR = "com.apple.CoreML"

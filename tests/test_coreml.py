@@ -15,7 +15,7 @@ from families import INT8, WHOLE, apart, ids_of
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError
 from slm_export.exporters.coreml import CoreMLExporter
-from slm_export.exporters.coreml_package import Package
+from slm_export.exporters.mil.package import Package
 from slm_export.load import load_checkpoint
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.profile import CoreML
@@ -173,7 +173,7 @@ def test_the_same_export_writes_the_same_bytes(int4: Exported, tmp_path: Path) -
 
 def test_prefill_shows_no_token_a_later_one_whatever_the_mask(int4: Exported) -> None:
     """swift-transformers hands in a mask of zeros."""
-    from slm_export.exporters.coreml_evaluator import Evaluator
+    from slm_export.exporters.mil.evaluator import Evaluator
 
     prefill = Evaluator(int4.package, "prefill")
     ids = ids_of(12).to(torch.int32)

@@ -20,11 +20,11 @@ from slm_export.errors import InputError
 from slm_export.exporters.coreml import CoreMLExporter
 from slm_export.exporters.coreml_accelerator_rules import GPU, NEURAL_ENGINE, RULES
 from slm_export.exporters.coreml_accelerators import load_memory, predict
-from slm_export.exporters.coreml_evaluator import Evaluator
-from slm_export.exporters.coreml_package import Feature, Function, Package
-from slm_export.exporters.coreml_package_blob import BY_NAME, Packed, size_of
-from slm_export.exporters.coreml_package_program import Name, Operation, TensorType
 from slm_export.exporters.coreml_sizes import Call, sizes_of
+from slm_export.exporters.mil.blob import BY_NAME, Packed, size_of
+from slm_export.exporters.mil.evaluator import Evaluator
+from slm_export.exporters.mil.package import Feature, Function, Package
+from slm_export.exporters.mil.program import Name, Operation, TensorType
 from slm_export.fidelity.judging import judge_acceleration
 from slm_export.gates import TELLING, Gates
 from slm_export.load import load_checkpoint

@@ -15,7 +15,7 @@ from families import INT8, ids_of
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError
 from slm_export.exporters.coreml import CoreMLExporter
-from slm_export.exporters.coreml_package import Package
+from slm_export.exporters.mil.package import Package
 from slm_export.load import load_checkpoint
 from slm_export.parity import judge_codes, quantized_weights
 from slm_export.runtime import ExportOptions

@@ -71,14 +71,14 @@ def test_there_are_sources() -> None:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_the_folders_never_import_each_other(folder: str) -> None:
     others = tuple(f"slm_export.{other}" for other in FOLDERS if other != folder)
-    for path in (ROOT / folder).glob("*.py"):
+    for path in (ROOT / folder).rglob("*.py"):
         assert not [name for name in imported(path) if name.startswith(others)], path
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_the_folders_do_not_import_what_drives_them(folder: str) -> None:
     above = tuple(f"slm_export.{name}" for name in (*TOP, "recipe", "registry"))
-    for path in (ROOT / folder).glob("*.py"):
+    for path in (ROOT / folder).rglob("*.py"):
         assert not [name for name in imported(path) if name.startswith(above)], path
 
 

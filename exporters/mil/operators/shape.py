@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_operators import Size, Sizes, axes_of, axis_of, bounded, ints, operator
+from slm_export.exporters.mil.operators.registry import Size, Sizes, axes_of, axis_of, bounded, ints, operator
 
 
 @operator("identity", view=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from coreml_programs import only, run
+from mil_programs import only, run
 from torch import Tensor
 
 from slm_export.errors import InputError

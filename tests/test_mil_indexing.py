@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coreml_programs import only, run
 from hypothesis import given
 from hypothesis import strategies as st
+from mil_programs import only, run
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_operators_slice import slice_update
+from slm_export.exporters.mil.operators.slice import slice_update
 
 
 def ints(*values: int) -> Tensor:

@@ -1,6 +1,6 @@
 """MIL's states. Pages: ``iOS18.states``, ``coreml_dialect.ops``.
 
-A state is the tensor that the caller holds; it is changed in place. `coreml_evaluator_sharing` decides where a copy
+A state is the tensor that the caller holds; it is changed in place. `mil.sharing` decides where a copy
 can be saved.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_operators import operator
+from slm_export.exporters.mil.operators.registry import operator
 
 
 @operator("read_state", since=18, view=True)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_operators import Size, Sizes, axes_of, operator, wide
+from slm_export.exporters.mil.operators.registry import Size, Sizes, axes_of, operator, wide
 
 
 @operator("layer_norm")

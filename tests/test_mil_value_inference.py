@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coreml_programs import operands, run
+from mil_programs import operands, run
 
 pytest.importorskip("coremltools")
 

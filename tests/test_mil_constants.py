@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coreml_programs import packed, run
 from hypothesis import given
 from hypothesis import strategies as st
+from mil_programs import packed, run
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_operators import find
-from slm_export.exporters.coreml_operators_constant import Constant, Pool, Stored
-from slm_export.exporters.coreml_package_blob import BY_NAME
+from slm_export.exporters.mil.blob import BY_NAME
+from slm_export.exporters.mil.operators.constant import Constant, Pool, Stored
+from slm_export.exporters.mil.operators.registry import find
 
 
 def stored(values: Any, element: str) -> Stored:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_evaluator_sharing import STATES, last_uses, plan_sharing
-from slm_export.exporters.coreml_operators import Operator, find
-from slm_export.exporters.coreml_operators_constant import Constant, Pool, Stored
-from slm_export.exporters.coreml_package import Function, Package
-from slm_export.exporters.coreml_package_program import Name, Operation, TensorType, Value
+from slm_export.exporters.mil.operators.constant import Constant, Pool, Stored
+from slm_export.exporters.mil.operators.registry import Operator, find
+from slm_export.exporters.mil.package import Function, Package
+from slm_export.exporters.mil.program import Name, Operation, TensorType, Value
+from slm_export.exporters.mil.sharing import STATES, last_uses, plan_sharing
 
 _FAMILIES = (
     "activation",
@@ -32,7 +32,7 @@ _FAMILIES = (
     "tensor",
 )
 for _family in _FAMILIES:
-    importlib.import_module(f"slm_export.exporters.coreml_operators_{_family}")
+    importlib.import_module(f"slm_export.exporters.mil.operators.{_family}")
 
 LISTS = frozenset({"values", "ref_tensors", "begins", "ends", "end_masks"})
 """Parameters that MIL types as tuples."""

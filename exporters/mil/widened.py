@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from slm_export.exporters.coreml_package import Feature, Function, Package
-from slm_export.exporters.coreml_package_blob import BY_NAME, ElementType, Packed
-from slm_export.exporters.coreml_package_program import Operation, TensorType
+from slm_export.exporters.mil.blob import BY_NAME, ElementType, Packed
+from slm_export.exporters.mil.package import Feature, Function, Package
+from slm_export.exporters.mil.program import Operation, TensorType
 
 _HALF, _FULL = BY_NAME["fp16"], BY_NAME["fp32"]
 

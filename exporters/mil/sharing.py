@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from slm_export.exporters.coreml_package_program import Name, Operation
+from slm_export.exporters.mil.program import Name, Operation
 
 STATES = {"read_state": "input", "write_state": "input", "coreml_update_state": "state"}
 """The operators that take a state, and the parameter that does."""

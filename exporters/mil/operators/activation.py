@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_operators import Size, add, axis_of, operator, wide
+from slm_export.exporters.mil.operators.registry import Size, add, axis_of, operator, wide
 
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slm_export.exporters.coreml_operators import wide
-from slm_export.exporters.coreml_package_blob import Packed
+from slm_export.exporters.mil.blob import Packed
+from slm_export.exporters.mil.operators.registry import wide
 
 _BLOCK = 1 << 18  # values of a matrix that stand in memory as float32 at a time: as many as caches hold
 

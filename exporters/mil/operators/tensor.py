@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_operators import (
+from slm_export.exporters.mil.blob import BY_NAME
+from slm_export.exporters.mil.operators.registry import (
     Size,
     Sizes,
     axis_of,
@@ -18,7 +19,6 @@ from slm_export.exporters.coreml_operators import (
     same_type,
     wide,
 )
-from slm_export.exporters.coreml_package_blob import BY_NAME
 
 
 @operator("shape")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_operators import axis_of, ints, operator, wide
-from slm_export.exporters.coreml_operators_constant import Constant, Stored
-from slm_export.exporters.coreml_package_blob import BY_NAME, Packed, size_of
+from slm_export.exporters.mil.blob import BY_NAME, Packed, size_of
+from slm_export.exporters.mil.operators.constant import Constant, Stored
+from slm_export.exporters.mil.operators.registry import axis_of, ints, operator, wide
 
 
 class ShiftScale(Constant):

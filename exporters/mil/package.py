@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError, needs
-from slm_export.exporters.coreml_package_blob import Packed, WeightFile
-from slm_export.exporters.coreml_package_program import Operation, ProgramReader, TensorType, Value
+from slm_export.exporters.mil.blob import Packed, WeightFile
+from slm_export.exporters.mil.program import Operation, ProgramReader, TensorType, Value
 
 MANIFEST = "Manifest.json"
 _MODEL_PATH = "@model_path"

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_operators import Size, Sizes, ints, operator, same_type, wide
-from slm_export.exporters.coreml_operators_constant import Constant, dense
+from slm_export.exporters.mil.operators.constant import Constant, dense
+from slm_export.exporters.mil.operators.registry import Size, Sizes, ints, operator, same_type, wide
 
 
 @operator("linear", lazy=("weight",))

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_evaluator import Evaluator
-from slm_export.exporters.coreml_package import Package
-from slm_export.exporters.coreml_package_blob import Packed
+from slm_export.exporters.mil.blob import Packed
+from slm_export.exporters.mil.evaluator import Evaluator
+from slm_export.exporters.mil.package import Package
 
 pytest.importorskip("coremltools")
 
@@ -315,7 +315,7 @@ def test_damage_anywhere_is_refused_or_harmless(saved: Path, tmp_path: Path, dat
 
 
 def test_an_element_of_a_damaged_constant_is_never_out_of_bounds() -> None:
-    from slm_export.exporters.coreml_package_blob import BY_NAME
+    from slm_export.exporters.mil.blob import BY_NAME
 
     packed = Packed(BY_NAME["int4"], (2, 3), torch.zeros(3, dtype=torch.uint8))
     assert packed.tensor().shape == (2, 3)

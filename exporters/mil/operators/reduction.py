@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_operators import Size, Sizes, add, axes_of, axis_of, operator, wide
-from slm_export.exporters.coreml_package_blob import BY_NAME
+from slm_export.exporters.mil.blob import BY_NAME
+from slm_export.exporters.mil.operators.registry import Size, Sizes, add, axes_of, axis_of, operator, wide
 
 
 def _product(x: Tensor, axes: list[int], keep: bool) -> Tensor:

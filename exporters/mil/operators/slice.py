@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_operators import Sizes, ints, operator
+from slm_export.exporters.mil.operators.registry import Sizes, ints, operator
 
 
 def _slices(

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slm_export.exporters import coreml_evaluator_plan  # registers the operators
-from slm_export.exporters.coreml_operators import find
-from slm_export.exporters.coreml_package import Feature, Function, Package
-from slm_export.exporters.coreml_package_blob import ELEMENT_TYPES, ElementType, Packed, size_of
-from slm_export.exporters.coreml_package_program import Name, Operation, TensorType
+from slm_export.exporters.mil import plan  # registers the operators
+from slm_export.exporters.mil.blob import ELEMENT_TYPES, ElementType, Packed, size_of
+from slm_export.exporters.mil.operators.registry import find
+from slm_export.exporters.mil.package import Feature, Function, Package
+from slm_export.exporters.mil.program import Name, Operation, TensorType
 
-assert coreml_evaluator_plan.LISTS
 BY_DTYPE = {element.dtype: element for element in reversed(ELEMENT_TYPES) if element.bits >= 8}
 
 
@@ -49,7 +48,7 @@ def operands(kind: str, opset: int, given: dict[str, Any]) -> dict[str, Any]:
 def _operand(name: str, value: Any) -> Any:
     if isinstance(value, str):
         return value
-    if name in coreml_evaluator_plan.LISTS:
+    if name in plan.LISTS:
         return [_operand("", part) for part in value]
     array = np.asarray(value)
     if not isinstance(value, np.ndarray | np.generic):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_evaluator import Evaluator
-from slm_export.exporters.coreml_package import Package
+from slm_export.exporters.mil.evaluator import Evaluator
+from slm_export.exporters.mil.package import Package
 
 I32 = torch.int32
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_package_blob import BY_CODE, ElementType, Packed, size_of
+from slm_export.exporters.mil.blob import BY_CODE, ElementType, Packed, size_of
 
 Value = Packed | str
 """A constant tensor, or text."""

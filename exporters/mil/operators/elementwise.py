@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_operators import add, operator, same_type, wide
-from slm_export.exporters.coreml_package_blob import BY_NAME
+from slm_export.exporters.mil.blob import BY_NAME
+from slm_export.exporters.mil.operators.registry import add, operator, same_type, wide
 
 # torch computes these in float32 and rounds to fp16 once by itself (a test compares every pair of a large sample).
 _NATIVE: dict[str, Callable[..., Tensor]] = {

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from coreml_programs import operation, package, typed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mil_programs import operation, package, typed
 from torch import Tensor
 
-from slm_export.exporters.coreml_evaluator import Evaluator
-from slm_export.exporters.coreml_evaluator_plan import Plan
-from slm_export.exporters.coreml_package import Package
-from slm_export.exporters.coreml_package_program import Operation
+from slm_export.exporters.mil.evaluator import Evaluator
+from slm_export.exporters.mil.package import Package
+from slm_export.exporters.mil.plan import Plan
+from slm_export.exporters.mil.program import Operation
 
 SHAPE = (4, 4)
 TYPE = typed(torch.float32, SHAPE)

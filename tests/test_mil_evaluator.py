@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from coreml_programs import operation, package, typed
+from mil_programs import operation, package, typed
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_evaluator import Evaluator
-from slm_export.exporters.coreml_package import Package
+from slm_export.exporters.mil.evaluator import Evaluator
+from slm_export.exporters.mil.package import Package
 
 F16, F32, I32 = torch.float16, torch.float32, torch.int32
 
@@ -111,9 +111,9 @@ def test_constants_and_inputs_may_be_results_and_stay_ours() -> None:
 
 
 def test_large_matrices_are_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from slm_export.exporters import coreml_operators_constant
+    from slm_export.exporters.mil.operators import constant
 
-    monkeypatch.setattr(coreml_operators_constant, "_BLOCK", 64)
+    monkeypatch.setattr(constant, "_BLOCK", 64)
     weight, table = torch.randn(10, 16).half(), torch.randn(10, 16).half()
     row = typed(F16, (3, 16))
     operations = [

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.coreml_operators import Size, axis_of, operator, wide
-from slm_export.exporters.coreml_operators_constant import Constant, dense
+from slm_export.exporters.mil.operators.constant import Constant, dense
+from slm_export.exporters.mil.operators.registry import Size, axis_of, operator, wide
 
 _FEW = 8  # indices that are looked at in Python rather than by torch
 

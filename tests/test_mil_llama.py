@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from coreml_llama import CONTEXT, Decoder, llama, save
+from mil_llama import CONTEXT, Decoder, llama, save
 
-from slm_export.exporters.coreml_evaluator import Evaluator
-from slm_export.exporters.coreml_package import Package
+from slm_export.exporters.mil.evaluator import Evaluator
+from slm_export.exporters.mil.package import Package
 
 pytest.importorskip("coremltools")
 

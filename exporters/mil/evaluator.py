@@ -1,6 +1,6 @@
 """Runs a function of a saved ML Program with torch, so that a package can be verified where Core ML is not.
 
-It knows the package on disk and the published meaning of MIL's operators (`coreml_operators*`), nothing of a
+It knows the package on disk and the published meaning of MIL's operators (`operators`), nothing of a
 conversion. Every result is held against the type that the program declares for it: where they disagree, the package is
 wrong, and would fail or mislead on a device: Core ML infers the types itself as it loads a program, and
 refuses one that declares others ("Output '0' has unexpected type").
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError, suggestion
-from slm_export.exporters.coreml_evaluator_plan import Plan, make_plan
-from slm_export.exporters.coreml_package import Feature, Function, Package
+from slm_export.exporters.mil.package import Feature, Function, Package
+from slm_export.exporters.mil.plan import Plan, make_plan
 
 State = dict[str, Tensor]
 _FAULTS = (InputError, RuntimeError, ValueError, TypeError, IndexError, OverflowError, ZeroDivisionError)

@@ -1,0 +1,1 @@
+"""What MIL's operators mean, by kind; `registry` finds them."""
