@@ -20,7 +20,7 @@ from slm_export.exporters.coreml_dialect import NAMESPACE, Call, CoreMLDialect, 
 from slm_export.exporters.coreml_frontend import KEYS, VALUES, lowering
 from slm_export.exporters.coreml_rotary import with_tables
 from slm_export.model import Encoder, build_decoder, build_encoder
-from slm_export.norms import rms_norm_of
+from slm_export.norms import exchange_norms
 from slm_export.weights import Quantized, Weight
 
 IDS, MASK, LOGITS = "inputIds", "causalMask", "logits"
@@ -63,7 +63,7 @@ class _Module(nn.Module):
 
     def __init__(self, model: nn.Module, call: Call) -> None:
         super().__init__()
-        self.model = with_norms(model)
+        self.model = exchange_norms(model, _RMSNorm)
         self.call = call
         self.names = tuple(call.weights)
 
@@ -109,14 +109,6 @@ class _RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         made: Tensor = rms_norm(x, self.weight, self.eps)
         return made
-
-
-def with_norms(model: nn.Module) -> nn.Module:
-    """Return the model with every RMS norm exchanged for our operator."""
-    for path, child in list(model.named_modules()):
-        if (found := rms_norm_of(child)) is not None:
-            model.set_submodule(path, _RMSNorm(*found).eval())
-    return model
 
 
 def is_half(weight: Weight) -> bool:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from slm_export.norms import exchange_norms
+
 
 def with_norms(model: nn.Module) -> nn.Module:
     """Return the model with every RMS norm exchanged for the operator."""
-    for path, child in list(model.named_modules()):
-        if (equal := _norm_like(child)) is not None:
-            model.set_submodule(path, equal.eval())
-    return model
+    return exchange_norms(model, _RMSNorm)
 
 
 class _RMSNorm(nn.Module):
@@ -30,23 +29,3 @@ class _RMSNorm(nn.Module):
             dtype=x.dtype,
             shape=x.shape,
         )
-
-    def plain(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
-
-
-def _norm_like(module: nn.Module) -> nn.Module | None:
-    """Return the norm that this module is, or None. By its name alone a class may hide another formula."""
-    weight = getattr(module, "weight", None)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if (
-        not type(module).__name__.endswith("RMSNorm")
-        or not isinstance(weight, Tensor)
-        or not isinstance(eps, float)
-    ):
-        return None
-    sample = torch.randn(1, 3, weight.shape[0], generator=torch.Generator().manual_seed(0))
-    for made in (_RMSNorm(weight, eps), _RMSNorm(1 + weight, eps)):  # Gemma stores what it adds to 1
-        if torch.allclose(made.plain(sample), module(sample), rtol=1e-5, atol=1e-5):
-            return made
-    return None

@@ -1,9 +1,19 @@
-"""Which modules are RMS norms, found out by what they compute."""
+"""RMS norms: which modules are one, found out by what they compute, and exchanged for a back end's own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+
+
+def exchange_norms(model: nn.Module, make: Callable[[Tensor, float], nn.Module]) -> nn.Module:
+    """Return the model with ``make(weight, epsilon)`` in place of every RMS norm."""
+    for path, child in list(model.named_modules()):
+        if (found := rms_norm_of(child)) is not None:
+            model.set_submodule(path, make(*found).eval())
+    return model
 
 
 def rms_norm_of(module: nn.Module) -> tuple[Tensor, float] | None:
