@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError
-from slm_export.gates import TELLING, Gates
+from slm_export.gates import SPEED, TELLING, Gates
 from slm_export.profile import DeviceProfile, default_profile, load_profile
 from slm_export.recipe import QuantizationOptions, Recipe, build_recipe
 from slm_export.registry import exporter, target
@@ -127,6 +127,13 @@ def check_gates(plan: Plan) -> None:
             f"gate min_accelerated: of {' and '.join(silent)} cannot be told what an accelerator takes, only of "
             f"{' and '.join(TELLING)}; leave the gate out, or the format"
         )
+    timed = [name for name in SPEED if getattr(gates, name) is not None]
+    for made in plan.exporters:
+        if made.elsewhere is not None and timed and plan.request.bench:
+            raise InputError(
+                f"gate {timed[0]}: the speed of {made.name} is not measured here ({made.elsewhere}); leave the gate "
+                "out, or the format, or give --no-bench"
+            )
 
 
 def context_for(plan: Plan, checkpoint: Checkpoint) -> int:

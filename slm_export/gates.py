@@ -14,6 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field
 TELLING = ("litert", "coreml")
 """Formats of which can be told what an accelerator takes: measured for LiteRT, predicted for Core ML."""
 
+SPEED = (
+    "min_decode_tokens_per_s",
+    "min_prefill_tokens_per_s",
+    "max_time_to_first_token_ms",
+    "max_latency_ms",
+)
+"""Thresholds of what is measured on the clock."""
+
 
 class Gates(BaseModel):
     """Thresholds. KL in nats per token, agreement as shares of 1, sizes in bytes, rates in tokens/s."""

@@ -10,7 +10,7 @@ import pytest
 from checkpoints import checkpoint
 
 from slm_export import compilation
-from slm_export.compilation import DEFAULT_CONTEXT, Request, context_for, make_plan
+from slm_export.compilation import DEFAULT_CONTEXT, Request, check_gates, context_for, make_plan
 from slm_export.errors import InputError, MissingComponentError
 from slm_export.gates import Gates
 from slm_export.optimizers.group_quantize import GroupQuantize
@@ -246,3 +246,14 @@ def test_more_than_the_model_has_positions_is_refused():
         InputError, match="context 65 is longer than the 64 positions of model; ask for 64 or fewer"
     ):
         room(64, 65, None)
+
+
+@pytest.mark.usefixtures("everything_installed")
+def test_a_gate_on_speed_is_refused_where_nothing_is_timed():
+    request = Request(model="m", target="ios", formats=("coreml",), gates=Gates(min_decode_tokens_per_s=10))
+    with pytest.raises(
+        InputError, match=r"^gate min_decode_tokens_per_s: the speed of coreml is not measured"
+    ):
+        check_gates(make_plan(request))
+    check_gates(make_plan(replace(request, bench=False)))
+    check_gates(make_plan(replace(request, formats=("executorch",))))
