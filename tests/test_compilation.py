@@ -248,7 +248,6 @@ def test_more_than_the_model_has_positions_is_refused():
         room(64, 65, None)
 
 
-@pytest.mark.usefixtures("everything_installed")
 def test_a_gate_on_speed_is_refused_where_nothing_is_timed():
     request = Request(model="m", target="ios", formats=("coreml",), gates=Gates(min_decode_tokens_per_s=10))
     with pytest.raises(
