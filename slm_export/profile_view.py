@@ -65,6 +65,10 @@ def _facts(profile: DeviceProfile) -> Iterable[tuple[str, str]]:
         yield "chip", profile.soc
     if profile.context is not None:
         yield "context", f"{profile.context} tokens"
+    if "coreml" in profile.formats:
+        lengths = profile.coreml.query_lengths
+        asked = "any number of tokens" if lengths == "dynamic" else f"{', '.join(map(str, lengths))} tokens"
+        yield "Core ML", f"iOS {profile.coreml.ios} or later, {asked} in one call"
 
 
 def _print_figures(console: Console, profile: DeviceProfile) -> None:
