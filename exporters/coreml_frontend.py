@@ -201,7 +201,8 @@ def _stored(context: Any, name: str, new: Any, layer: int) -> Any:
         begin=mb.concat(values=[[layer, 0, 0], start, [0]], axis=0),
         end=mb.concat(values=[[layer + 1, 1, heads], end, [width]], axis=0),
     )
-    lowering.caches[name] = mb.coreml_update_state(state=state, value=cache)
+    made = mb.coreml_update_state(state=state, value=cache, name=f"{name}_after_layer_{layer}")
+    lowering.caches[name] = made
     return lowering.caches[name]
 
 
