@@ -26,6 +26,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    """A test that draws numbers draws the same in every run."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def pycode() -> Path:
     """The example model of this repository: 5.5 M parameters, tied, bfloat16."""
