@@ -30,6 +30,8 @@ from slm_export.weights import Dense
 
 LIMIT = 1e-4
 """Largest difference, as a share of the range of the scores."""
+_SMALLEST = 2.0**-24
+"""The least that float16 holds, in place of an epsilon that it does not: BERT's is 1e-12."""
 _STEPS = 4
 _LEAST, _MOST = 2 * _STEPS, 64
 
@@ -55,11 +57,14 @@ def rounded_reference(checkpoint: Checkpoint) -> nn.Module:
     for path, module in model.named_modules():
         if isinstance(module, FixedRope) or hasattr(module, "rope_type"):
             module.register_forward_hook(_round)
-        if isinstance(scaling := getattr(module, "scaling", None), float) and hasattr(module, "head_dim"):
-            softcap = getattr(module, "attn_logit_softcapping", None) or 0.0
-            factor = query_factor(scaling, module.head_dim, softcap)
-            stored = float(torch.tensor(factor).half())
-            module.scaling = scaling * stored / factor
+        if isinstance(module, nn.LayerNorm):
+            module.eps = max(_stored(module.eps), _SMALLEST)
+        if isinstance(scaling := getattr(module, "scaling", None), float):
+            factor = scaling  # by which an encoder multiplies
+            if checkpoint.task == GENERATION and hasattr(module, "head_dim"):
+                softcap = getattr(module, "attn_logit_softcapping", None) or 0.0
+                factor = query_factor(scaling, module.head_dim, softcap)
+            module.scaling = scaling * _stored(factor) / factor
         found = rms_norm_of(module)
         if found is not None and not torch.equal(found[0], module.weight):
             # Gemma's weight is what it adds to 1, and the program stores the sum.
@@ -89,6 +94,10 @@ def _encoder(package: Package, model: nn.Module, tokens: list[int]) -> tuple[Ten
     types = (torch.zeros_like(ids),) if session.takes_token_types else ()
     expected = model(ids, torch.ones_like(ids), *types)[0]
     return got[tuple(slice(0, size) for size in expected.shape)], expected
+
+
+def _stored(number: float) -> float:
+    return float(torch.tensor(number).half())
 
 
 def _half(weight: Dense) -> Dense:
