@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,12 +193,13 @@ def test_the_names_are_those_that_apps_look_for(int4: Exported) -> None:
     assert CoreMLExporter().open(int4.path, "text-generation").stop_ids == (2, 7)  # type: ignore[union-attr]
 
 
-def test_coremltools_reads_the_package_back(int4: Exported) -> None:
-    """Its own loader builds the program anew, and infers every type itself."""
+def test_coremltools_reads_the_package_back(int4: Exported, tmp_path: Path) -> None:
+    """Its own loader builds the program anew, and infers every type itself (on a copy: it rewrites the manifest)."""
     import coremltools
     from coremltools.converters.mil.frontend.milproto.load import load
 
-    model = coremltools.models.MLModel(str(int4.path), skip_model_load=True)
+    copy = shutil.copytree(int4.path, tmp_path / "Model.mlpackage")
+    model = coremltools.models.MLModel(str(copy), skip_model_load=True)
     program = load(model.get_spec(), model.get_spec().specificationVersion, model.weights_dir)
     assert sorted(program.functions) == ["decode", "prefill"]
 
