@@ -151,14 +151,14 @@ def _quantize_block(values: Tensor, bits: int, group: int, search: bool) -> tupl
 def _search(groups: Tensor, largest: Tensor, bits: int) -> Tensor:
     """Return the scales (out, groups) of least squared error among those tried; of groups (out, groups, group)."""
     codes, products = torch.empty_like(groups), torch.empty_like(groups)
-    ones = torch.ones(groups.shape[-1])  # a product with it is a faster sum
 
     def best_for_codes(scale: Tensor) -> tuple[Tensor, Tensor]:
         """Return the best scale for the codes that this one gives, and by how much it lessens the error."""
         steps = scale.clamp_min(SMALLEST_SCALE).reciprocal().unsqueeze(-1)
         torch.mul(groups, steps, out=codes).round_().clamp_(*CODE_RANGE[bits])
-        covered = torch.mul(codes, groups, out=products) @ ones
-        better = covered / (codes.square_() @ ones).clamp_min(1)
+        # Not as a product with ones: that rounds otherwise with another number of threads, and codes with it.
+        covered = torch.mul(codes, groups, out=products).sum(-1)
+        better = covered / codes.square_().sum(-1).clamp_min(1)
         return better, covered * better
 
     best, lessened = best_for_codes(largest / _CLIPS[bits][0])

@@ -98,6 +98,21 @@ def test_blocks_of_rows_make_no_difference(monkeypatch):
     assert torch.equal(whole.scales, parts.scales)
 
 
+def test_the_number_of_threads_makes_no_difference(minilm):
+    """One sum in another order is enough: it takes another scale, and with it every code of the row."""
+    name = "encoder.layer.1.intermediate.dense.weight"
+    values = load_checkpoint(minilm).weights[name].float32()
+    threads = torch.get_num_threads()
+    made = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            made.append(quantize(values, 8, values.shape[1]).load())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
+
+
 def test_the_source_is_not_written_to():
     values = normal(4, 64)
     before = values.clone()
