@@ -21,7 +21,7 @@ from torch import Tensor
 
 from slm_export.checkpoint import Checkpoint, PassResult
 from slm_export.errors import InputError
-from slm_export.finished import IN_MEMORY, Keeper
+from slm_export.finished import Keeper
 from slm_export.weights import (
     CODE_RANGE,
     GROUPS,
@@ -32,6 +32,7 @@ from slm_export.weights import (
     grid_scale,
     quantized,
 )
+from slm_export.workbench import DEFAULT, Workbench
 
 Bits = Literal[4, 8, 16, 32]
 
@@ -51,6 +52,9 @@ class GroupQuantize:
     """Options: bits of linear layers, group of 4-bit matrices, bits of embedding and head, scale search."""
 
     name: ClassVar[str] = "group-quantize"
+    calibrated: ClassVar[bool] = False
+    quantizes: ClassVar[bool] = True
+    structural: ClassVar[bool] = False
 
     bits: Bits = 4
     group: int = 32
@@ -67,14 +71,14 @@ class GroupQuantize:
         if self.group not in GROUPS:
             raise InputError(f"group-quantize: group must be one of {GROUPS}, not {self.group!r}")
 
-    def run(self, checkpoint: Checkpoint, keeper: Keeper = IN_MEMORY) -> PassResult:
+    def run(self, checkpoint: Checkpoint, work: Workbench = DEFAULT) -> PassResult:
         """Quantize every matrix of the checkpoint, one at a time."""
         self.check(checkpoint)
         changed: dict[str, Weight] = {}
         skipped: dict[str, str] = {}
         for name, weight in checkpoint.weights.items():
             bits = self._bits_of(checkpoint.roles.get(name, "other"))
-            result = self._convert(name, weight, bits, keeper)
+            result = self._convert(name, weight, bits, work.keeper)
             if isinstance(result, str):
                 skipped[name] = result
             else:

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol
 
-from slm_export.finished import IN_MEMORY, Keeper
 from slm_export.weights import Weight
+from slm_export.workbench import DEFAULT, Workbench
 
 Role = Literal["embedding", "head", "table", "linear", "other"]
 """embedding: the vocabulary's table. head: the output layer over the vocabulary. table: any other
@@ -30,7 +30,8 @@ class Checkpoint:
     task: str
     """One of `tasks.ENDINGS`."""
     config: Any
-    """The transformers configuration object; treated as read-only."""
+    """The transformers configuration object; treated as read-only. A pass that removes layers changes a copy. Widths
+    are those of the weights: layers may differ in heads and neurons, which no configuration can say."""
     weights: Mapping[str, Weight]
     roles: Mapping[str, Role]
     tied: Mapping[str, str] = field(default_factory=dict)
@@ -70,15 +71,23 @@ class PassResult:
 
     checkpoint: Checkpoint
     skipped: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    """What else a reader of the report should know: what was removed and what that was measured to cost."""
 
 
 class Pass(Protocol):
     """One transformation of a checkpoint. Options are the fields of a frozen dataclass."""
 
     name: ClassVar[str]
+    calibrated: ClassVar[bool]
+    """Whether it measures activations, and needs text for that."""
+    quantizes: ClassVar[bool]
+    """Whether it puts matrices on the integer grid, and takes ``--bits`` and its kin."""
+    structural: ClassVar[bool]
+    """Whether it changes shapes: a distance between weights before and after means nothing then."""
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise InputError where the options do not fit the model; reads no weight."""
 
-    def run(self, checkpoint: Checkpoint, keeper: Keeper = IN_MEMORY) -> PassResult:
-        """Return the transformed checkpoint, of one that ``check`` accepts; each weight made goes to ``keeper``."""
+    def run(self, checkpoint: Checkpoint, work: Workbench = DEFAULT) -> PassResult:
+        """Return the transformed checkpoint, of one that ``check`` accepts; each weight made goes to its keeper."""

@@ -26,6 +26,12 @@ _JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else."
 )
 
+_CALIBRATION = click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Text or JSONL of chats that calibrated passes measure activations on. [default: written by the model]",
+)
+
 
 class _DefaultCommand(click.Group):
     """``slm-export MODEL --target android`` means ``slm-export export MODEL --target android``."""
@@ -75,6 +81,7 @@ def cli() -> None:
 @click.option(
     "--eval-text", type=click.Path(path_type=Path), help="Held-out text to judge by. [default: a sample]"
 )
+@_CALIBRATION
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write. [default: MODEL-TARGET]")
 @click.option("--force", is_flag=True, help="Replace an existing bundle, once the new one is complete.")
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with the source model.")
@@ -117,12 +124,15 @@ def run(bundle: Path, **options: Any) -> None:
 @click.option(
     "--eval-text", type=click.Path(path_type=Path), help="Held-out text to judge by. [default: a sample]"
 )
+@_CALIBRATION
 @_JSON
-def verify(bundle: Path, source: str | None, eval_text: Path | None, as_json: bool) -> None:
+def verify(
+    bundle: Path, source: str | None, eval_text: Path | None, calibration: Path | None, as_json: bool
+) -> None:
     """Check a BUNDLE again: its files, its metadata, and with --source its fidelity."""
     from slm_export.commands import verify_command
 
-    verify_command(bundle, source, eval_text, as_json)
+    verify_command(bundle, source, eval_text, calibration, as_json)
 
 
 @cli.command()
@@ -156,6 +166,7 @@ def _request(options: dict[str, Any]) -> Request:
         context=options["context"],
         out=options["out"],
         eval_text=options["eval_text"],
+        calibration=options["calibration"],
         force=options["force"],
         verify=not options["no_verify"],
         bench=not options["no_bench"],

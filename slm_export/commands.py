@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from slm_export.compilation import Request, make_plan
-from slm_export.errors import GateError
+from slm_export.errors import GateError, InputError
 from slm_export.native_log import kept_from_terminal
 from slm_export.profile import load_profile, shipped_profiles
 from slm_export.progress import Progress, StderrConsole
@@ -39,13 +39,19 @@ def export_command(request: Request, as_json: bool) -> None:
         print_report(_stdout(), report, shown)
 
 
-def verify_command(folder: Path, source: str | None, eval_text: Path | None, as_json: bool) -> None:
+def verify_command(
+    folder: Path, source: str | None, eval_text: Path | None, calibration: Path | None, as_json: bool
+) -> None:
     """Verify a bundle, then print every check; GateError where one failed."""
     with _working() as progress:
         from slm_export import keras_bundle, opened
 
-        verify = keras_bundle.verify if keras_bundle.is_one(folder) else opened.verify
-        found = verify(folder, source, eval_text, progress)
+        if keras_bundle.is_one(folder):
+            if calibration is not None:
+                raise InputError(f"{calibration}: nothing is calibrated in a bundle of a TensorFlow model")
+            found = keras_bundle.verify(folder, source, eval_text, progress)
+        else:
+            found = opened.verify(folder, source, eval_text, calibration, progress)
     if as_json:
         _print_json(opened.to_json(found))
     else:

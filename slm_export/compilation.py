@@ -31,6 +31,7 @@ class Request:
     context: int | None = None
     out: Path | None = None
     eval_text: Path | None = None
+    calibration: Path | None = None
     gates: Gates = field(default_factory=Gates)
     force: bool = False
     verify: bool = True
@@ -56,6 +57,7 @@ class Request:
             context=self.context or settings.context,
             out=self.out or settings.out,
             eval_text=self.eval_text or settings.eval_text,
+            calibration=self.calibration or settings.calibration,
             gates=self.gates.over(settings.gates),
         )
 
@@ -110,12 +112,29 @@ def make_plan(request: Request) -> Plan:
         request.device if request.device and request.device.endswith(".toml") else f"device {profile.name}"
     )
     recipe = build_recipe(profile.recipe, request.quantization, where)
+    _refuse_same_text(request)
     notes = []
     if not request.verify:
         notes.append("fidelity was not verified, and no gate on it judged (--no-verify)")
     if not request.bench:
         notes.append("speed was not measured, and no gate on it judged (--no-bench)")
     return Plan(request, request.model, profile, recipe, exporters, made_target, tuple(notes))
+
+
+def _refuse_same_text(request: Request) -> None:
+    """Refuse to fit a model to the very text that it is judged on."""
+    ours, theirs = request.calibration, request.eval_text
+    if (
+        ours is not None
+        and theirs is not None
+        and ours.exists()
+        and theirs.exists()
+        and ours.samefile(theirs)
+    ):
+        raise InputError(
+            f"{ours}: is the evaluation text too; a verdict on text that the model was calibrated on means nothing: "
+            "give another file, or leave out --calibration"
+        )
 
 
 def check_gates(plan: Plan) -> None:

@@ -14,15 +14,16 @@ from slm_export.compilation import Plan, check_gates, context_for
 from slm_export.errors import GateError
 from slm_export.evaltext import load_documents
 from slm_export.fidelity.judging import checks_of, judge_acceleration
-from slm_export.finished import IN_MEMORY, Finished, Keeper, cache_folder, finished_weights, until_the_end
+from slm_export.finished import until_the_end
 from slm_export.gates import Gates
 from slm_export.hub import find_model
 from slm_export.judge import Judgement, Subject, judge_artifact
 from slm_export.load import check_values, load_checkpoint
+from slm_export.optimize import calibration_for, optimize
 from slm_export.parity import Trace, compare, judge_pairs
 from slm_export.progress import Progress
 from slm_export.provenance import facts_of, refuse_large_vocabulary, runtime_facts
-from slm_export.recipe import lowest_bits, options_of, relative_error, unaccounted
+from slm_export.recipe import lowest_bits
 from slm_export.results import (
     Artifact,
     Check,
@@ -31,7 +32,6 @@ from slm_export.results import (
     Latency,
     ModelFacts,
     Pair,
-    PassRow,
     Report,
 )
 from slm_export.runtime import Exporter, ExportOptions, Proven
@@ -67,12 +67,18 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
     with bundle.staged(out, plan.request.force) as staging, until_the_end() as kept:
         source, tokenizer, options = _read(plan, folder, progress)
         facts = _facts(source, options, progress)
-        checkpoint, passes, notes = _optimize(plan, source, facts, kept, progress)
+        calibration = calibration_for(plan.recipe, plan.request.calibration, source, tokenizer, progress)
+        optimized = optimize(plan.recipe, source, facts.source_sha256, calibration, kept, progress)
+        checkpoint = optimized.checkpoint
         gates = gates_for(plan, checkpoint)
         plan.target.bundle(tokenizer, staging.path)
         options = replace(options, tokenizer=staging.path / "tokenizer")
         runners = _runner_tokenizers(plan, source, staging.path)
-        notes = [*plan.notes, *notes, *(f"{name}: not used: {why}" for name, why in source.unused.items())]
+        notes = [
+            *plan.notes,
+            *optimized.notes,
+            *(f"{name}: not used: {why}" for name, why in source.unused.items()),
+        ]
         subjects = []
         for exporter in plan.exporters:
             artifact = _write(exporter, checkpoint, options, staging.path, progress)
@@ -86,7 +92,8 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
             target=plan.profile.target,
             device=plan.profile.name,
             device_title=plan.profile.title,
-            passes=passes,
+            passes=optimized.rows,
+            calibration=optimized.calibration,
             formats=results,
             toolchain=versions(_tools(plan)),
             seconds=time.monotonic() - began,
@@ -131,48 +138,6 @@ def _read(plan: Plan, folder: Path, progress: Progress) -> tuple[Checkpoint, Sou
 def _facts(source: Checkpoint, options: ExportOptions, progress: Progress) -> ModelFacts:
     with progress.stage("hash the model"):
         return facts_of(source, options.context)
-
-
-def _optimize(
-    plan: Plan, source: Checkpoint, facts: ModelFacts, kept: list[Finished], progress: Progress
-) -> tuple[Checkpoint, tuple[PassRow, ...], list[str]]:
-    checkpoint, rows, notes = source, [], []
-    done: list[object] = [facts.source_sha256]
-    for step in plan.recipe:
-        began = time.monotonic()
-        done.append({"pass": step.name, **options_of(step)})
-        keeper, note = _keeper(done, kept)
-        with progress.stage(step.name), bundle.machine_errors(f"run {step.name}", cache_folder()):
-            result = step.run(checkpoint, keeper)
-        if isinstance(keeper, Finished) and keeper.reused:
-            note = f"{step.name}: {len(keeper.reused)} weights were finished by an interrupted export"
-        notes += [note] if note else []
-        if forgotten := unaccounted(checkpoint, result.checkpoint, result.skipped):
-            raise AssertionError(f"{step.name}: neither changed nor skipped with a reason: {forgotten}")
-        rows.append(
-            PassRow(
-                name=step.name,
-                options=options_of(step),
-                seconds=time.monotonic() - began,
-                bytes_before=checkpoint.bytes,
-                bytes_after=result.checkpoint.bytes,
-                changed=len(checkpoint.weights) - len(result.skipped),
-                skipped=dict(result.skipped),
-                error=relative_error(checkpoint, result.checkpoint),
-            )
-        )
-        checkpoint = replace(result.checkpoint, history=(*checkpoint.history, step.name))
-    return checkpoint, tuple(rows), notes
-
-
-def _keeper(done: list[object], kept: list[Finished]) -> tuple[Keeper, str | None]:
-    """Return what keeps the weights of a pass, and a note where that cannot be the disk."""
-    try:
-        keeper = finished_weights(done)
-    except OSError as error:
-        return IN_MEMORY, f"{cache_folder()} cannot be written ({error.strerror}): weights are held in memory"
-    kept.append(keeper)
-    return keeper, None
 
 
 def _runner_tokenizers(plan: Plan, source: Checkpoint, folder: Path) -> dict[str, str]:

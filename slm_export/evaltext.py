@@ -22,16 +22,17 @@ MAXIMUM_BYTES = 64 * 2**20
 _SEPARATOR = re.compile(r"^\f[ \t]*\r?$\n?", re.MULTILINE)
 
 
-def load_documents(path: Path | None) -> tuple[str, ...]:
+def load_documents(path: Path | None, purpose: str = "evaluation") -> tuple[str, ...]:
     """Return the documents of a text file, or of the shipped sample.
 
     Given   UTF-8 text; a line that holds only a form feed ends a document
+            purpose: what the text is for, as errors name it
     Result  the documents in order, none of them blank; a file without form feeds is one document
     """
-    text = _shipped("sample.txt") if path is None else _read_text(path)
+    text = _shipped("sample.txt") if path is None else _read_text(path, purpose)
     documents = tuple(part for part in _SEPARATOR.split(text) if part.strip())
     if not documents:
-        raise InputError(f"{path}: the evaluation text is empty; give a UTF-8 file with some pages of text")
+        raise InputError(f"{path}: the {purpose} text is empty; give a UTF-8 file with some pages of text")
     return documents
 
 
@@ -66,8 +67,7 @@ def token_windows(
             break
     if not windows:
         raise InputError(
-            f"the evaluation text is too short: no document has {min(MINIMUM_TAIL, length)} tokens; "
-            "give a longer text"
+            f"the text is too short: no document has {min(MINIMUM_TAIL, length)} tokens; give a longer text"
         )
     return tuple(windows)
 
@@ -97,12 +97,12 @@ def _shipped(name: str) -> str:
     return (resources.files("slm_export") / "data" / name).read_bytes().decode("utf-8")
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, purpose: str) -> str:
     """Return a user's file as text, or say what is wrong with it."""
     try:
         if not path.is_file():
             problem = "is not a file" if path.exists() else "no such file"
-            raise InputError(f"{path}: {problem}; the evaluation text must be a UTF-8 text file")
+            raise InputError(f"{path}: {problem}; the {purpose} text must be a UTF-8 text file")
         if path.stat().st_size > MAXIMUM_BYTES:
             raise InputError(
                 f"{path}: larger than {MAXIMUM_BYTES >> 20} MiB; some hundred kilobytes of text are enough"

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,23 +27,25 @@ from torch import Tensor
 
 from slm_export import __version__
 from slm_export.errors import GateError
-from slm_export.weights import CODE_RANGE, Quantized
+from slm_export.weights import CODE_RANGE, Dense, Quantized, Weight
 
 CACHE_VARIABLE = "SLM_EXPORT_CACHE"
 _FORGOTTEN_S = 7 * 24 * 3600.0
+
+Kept = TypeVar("Kept", bound=Weight)
 
 
 class Keeper(Protocol):
     """Keeps the weights that a pass makes, one by one."""
 
-    def keep(self, name: str, make: Callable[[], Quantized]) -> Quantized:
+    def keep(self, name: str, make: Callable[[], Kept]) -> Kept:
         """Return the weight ``name``: kept from an earlier run, or made now."""
 
 
 class InMemory:
     """Keeps nothing but the weights themselves."""
 
-    def keep(self, name: str, make: Callable[[], Quantized]) -> Quantized:
+    def keep(self, name: str, make: Callable[[], Kept]) -> Kept:
         """Make it."""
         return make()
 
@@ -59,17 +61,17 @@ class Finished:
     reused: list[str] = field(default_factory=list)
     """Names of the weights that an earlier run had finished."""
 
-    def keep(self, name: str, make: Callable[[], Quantized]) -> Quantized:
+    def keep(self, name: str, make: Callable[[], Kept]) -> Kept:
         """Return the weight from its file; made and written first, if it is not there."""
         path = self.folder / f"{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
         found = _read(path)
         if found is not None:
             self.reused.append(name)
-            return found
+            return found  # type: ignore[return-value]  # what was made by the same call of another run
         _write(path, make())
         found = _read(path)
         assert found is not None, path
-        return found
+        return found  # type: ignore[return-value]
 
 
 def cache_folder() -> Path:
@@ -115,24 +117,30 @@ def _remove_forgotten(root: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(path: Path, weight: Quantized) -> None:
-    packed, scales = weight.load()
+def _write(path: Path, weight: Weight) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    # Scales are bfloat16 values, so nothing is lost.
-    tensors = {"packed": packed.contiguous(), "scales": scales.to(torch.bfloat16)}
+    if isinstance(weight, Dense):
+        tensors, bits = {"values": weight.load().contiguous()}, 0
+    else:
+        packed, scales = weight.load()
+        # Scales are bfloat16 values, so nothing is lost.
+        tensors, bits = {"packed": packed.contiguous(), "scales": scales.to(torch.bfloat16)}, weight.bits
     try:
-        save_file(tensors, part, {"bits": str(weight.bits)})
+        save_file(tensors, part, {"bits": str(bits)})
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> Quantized | None:
+def _read(path: Path) -> Weight | None:
     """Return the weight of a file; None where there is none, or one that was cut short by a dying machine."""
     try:
         load = _Load(path)
         with safe_open(load.path, framework="pt") as file:
             bits = int((file.metadata() or {})["bits"])
+            if not bits:
+                values = file.get_tensor("values")
+                return Dense(tuple(values.shape), values.dtype, lambda: load()["values"])
             rows, width = file.get_slice("packed").get_shape()
             groups = file.get_slice("scales").get_shape()[1]
     except (OSError, SafetensorError, KeyError, ValueError):
@@ -140,17 +148,21 @@ def _read(path: Path) -> Quantized | None:
     columns = width * 8 // bits
     if bits not in CODE_RANGE or columns % groups:
         return None
-    return Quantized((rows, columns), bits, columns // groups, load)
+    return Quantized((rows, columns), bits, columns // groups, lambda: _codes_and_scales(load()))
+
+
+def _codes_and_scales(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return tensors["packed"], tensors["scales"].to(torch.float32)
 
 
 class _Load:
-    """Maps codes and scales of one file, which stays open: removing it takes nothing away."""
+    """Maps the tensors of one file, which stays open: removing it takes nothing away."""
 
     def __init__(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, descriptor)
         self.path = f"/dev/fd/{descriptor}"
 
-    def __call__(self) -> tuple[Tensor, Tensor]:
+    def __call__(self) -> dict[str, Tensor]:
         with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor("packed"), file.get_tensor("scales").to(torch.float32)
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping

@@ -60,8 +60,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def architecture_of(checkpoint: Checkpoint) -> Architecture:
-    """Return the architecture of a checkpoint that was loaded."""
-    return read_architecture(checkpoint.folder)
+    """Return the architecture of a checkpoint, with the configuration that its passes left."""
+    import transformers
+
+    return Architecture(checkpoint.config, getattr(transformers, checkpoint.architecture), checkpoint.task)
 
 
 def check_values(checkpoint: Checkpoint, advance: Callable[[int, str], None]) -> None:

@@ -52,6 +52,14 @@ class ModelEntry(_Entry):
     context: int | None = None
 
 
+class CalibrationEntry(_Entry):
+    """The text of calibrated passes; ``sha256`` is of its token ids."""
+
+    origin: str
+    tokens: int
+    sha256: Sha256
+
+
 class SignatureEntry(_Entry):
     """One callable method of an artifact."""
 
@@ -81,6 +89,8 @@ class Manifest(_Entry):
     target: str
     device: str
     recipe: tuple[dict[str, Any], ...]
+    calibration: CalibrationEntry | None = None
+    """What calibrated passes measured activations on."""
     artifacts: tuple[ArtifactEntry, ...]
     files: tuple[FileEntry, ...]
     quality: dict[str, dict[str, Figure] | None]
@@ -137,6 +147,9 @@ def build_manifest(
         target=report.target,
         device=report.device,
         recipe=tuple(dict(step) for step in recipe),
+        calibration=CalibrationEntry(**dataclasses.asdict(report.calibration))
+        if report.calibration
+        else None,
         artifacts=tuple(_artifact_entry(result) for result in report.formats),
         files=tuple(files),
         quality={result.artifact.format: _quality(result) for result in report.formats},

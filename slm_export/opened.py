@@ -20,12 +20,13 @@ from slm_export.hub import find_model
 from slm_export.judge import Subject, judge_artifact, self_check
 from slm_export.load import load_checkpoint
 from slm_export.manifest import ArtifactEntry
+from slm_export.optimize import calibration_for, optimize, refuse_other_text
 from slm_export.parity import Stored, Trace, compare, judge_pairs
 from slm_export.progress import Progress
 from slm_export.provenance import source_sha256
 from slm_export.recipe import make_pass
 from slm_export.registry import exporter
-from slm_export.results import Artifact, Check, Pair
+from slm_export.results import Artifact, CalibrationFacts, Check, Pair
 from slm_export.runtime import DecoderSession, EncoderSession, Session
 from slm_export.tokenizer import OWN_TOKENIZER, Detokenizer, SourceTokenizer
 
@@ -45,20 +46,24 @@ class Verification:
         return all(check.passed for group in self.checks.values() for check in group)
 
 
-def verify(folder: Path, source: str | None, eval_text: Path | None, progress: Progress) -> Verification:
+def verify(
+    folder: Path, source: str | None, eval_text: Path | None, calibration: Path | None, progress: Progress
+) -> Verification:
     """Repeat what can be repeated: checksums always, and with the source model the whole gate.
 
     Raises:
         InputError: not a bundle, or another source model than it was made from.
     """
     manifest = read_manifest(folder)
+    if calibration is not None and source is None:
+        raise InputError("--calibration is of use with --source alone: without it nothing is quantized again")
     with progress.stage("check files"):
         problems = verify_files(folder)
     detail = "; ".join(str(problem) for problem in problems) or f"{len(manifest.files)} files are as written"
     checks: dict[str, tuple[Check, ...]] = {"files": (Check("checksums", not problems, detail),)}
     if problems:
         return Verification(checks, ("artifacts were not opened: the files are not those that were written",))
-    opened = nullcontext() if source is None else _made_from(folder, manifest, source, progress)
+    opened = nullcontext() if source is None else _made_from(folder, manifest, source, calibration, progress)
     with opened as made_from:
         more, notes, pairs = _judge_all(folder, manifest, made_from, load_documents(eval_text), progress)
     return Verification({**checks, **more}, notes, pairs)
@@ -102,22 +107,25 @@ def _judge_all(
 
 @contextmanager
 def _made_from(
-    folder: Path, manifest: Manifest, source: str, progress: Progress
+    folder: Path, manifest: Manifest, source: str, calibration: Path | None, progress: Progress
 ) -> Iterator[References | None]:
-    """Make the quantized checkpoint again, which is deterministic."""
+    """Make the quantized checkpoint again, which is deterministic on one machine."""
     model = find_model(source)
     if source_sha256(model) != manifest.model.source_sha256:
         raise InputError(f"{source}: not the model that {folder} was made from (another sha256)")
     with progress.stage("read the model"):
         original = load_checkpoint(model)
-    checkpoint = original
-    for step in manifest.recipe:
-        options = {key: value for key, value in step.items() if key != "pass"}
-        with progress.stage(str(step["pass"])):
-            checkpoint = (
-                make_pass(str(step["pass"]), options, f"{folder}/manifest.json").run(checkpoint).checkpoint
-            )
-    with references(original, checkpoint, len(manifest.artifacts)) as found:
+    where = f"{folder}/manifest.json"
+    recipe = tuple(
+        make_pass(str(step["pass"]), {key: value for key, value in step.items() if key != "pass"}, where)
+        for step in manifest.recipe
+    )
+    tokenizer = SourceTokenizer.load(original.folder)
+    text = calibration_for(recipe, calibration, original, tokenizer, progress)
+    recorded = None if manifest.calibration is None else CalibrationFacts(**manifest.calibration.model_dump())
+    refuse_other_text(text, recorded, where)
+    optimized = optimize(recipe, original, manifest.model.source_sha256, text, None, progress)
+    with references(original, optimized.checkpoint, len(manifest.artifacts)) as found:
         yield found
 
 

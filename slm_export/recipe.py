@@ -20,6 +20,8 @@ PASSES: Mapping[str, type[Pass]] = {GroupQuantize.name: GroupQuantize}
 
 Recipe = tuple[Pass, ...]
 
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationOptions:
@@ -62,7 +64,7 @@ def build_recipe(steps: Sequence[RecipeStep], options: QuantizationOptions, wher
     quantizes = False
     for step in steps:
         chosen = dict(step.options)
-        if step.pass_name == GroupQuantize.name:
+        if getattr(PASSES.get(step.pass_name), "quantizes", False):
             chosen, quantizes = {**chosen, **overrides}, True
         passes.append(make_pass(step.pass_name, chosen, where))
     if overrides and not quantizes:
@@ -80,9 +82,11 @@ def make_pass(name: str, options: Mapping[str, Any], where: str) -> Pass:
         if key not in known:
             raise InputError(f"{where}: {name}: unknown option '{key}'{suggestion(key, known)}")
         default = known[key].default
-        kind, words = (bool, "true or false") if isinstance(default, bool) else (int, "a whole number")
+        kind = int if default is None else type(default)
+        if kind is float and type(value) is int:
+            value = float(value)
         if type(value) is not kind and not (value is None and default is None):
-            raise InputError(f"{where}: {name}: {key} must be {words}, not {value!r}")
+            raise InputError(f"{where}: {name}: {key} must be {_KINDS[kind]}, not {value!r}")
     try:
         made: Pass = cls(**options)
     except InputError as error:
@@ -110,7 +114,7 @@ def unaccounted(before: Checkpoint, after: Checkpoint, skipped: Mapping[str, str
     return [
         name
         for name, weight in before.weights.items()
-        if (after.weights[name] is weight) != (name in skipped)
+        if (after.weights.get(name) is weight) != (name in skipped)
     ]
 
 
@@ -121,7 +125,7 @@ def relative_error(before: Checkpoint, after: Checkpoint) -> float | None:
     """Return sum |w - w'|^2 / sum |w|^2 over the weights that differ, read one at a time; None if none does."""
     error = norm = 0.0
     for name, weight in before.weights.items():
-        if after.weights[name] is weight:
+        if after.weights[name] is weight or after.weights[name].shape != weight.shape:
             continue
         for old, new in zip(*(float_blocks(w, _BLOCK) for w in (weight, after.weights[name])), strict=True):
             norm += old.square().sum().item()

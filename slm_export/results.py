@@ -47,6 +47,16 @@ def written(
 
 
 @dataclass(frozen=True)
+class CalibrationFacts:
+    """The text that passes were calibrated on."""
+
+    origin: str
+    tokens: int
+    sha256: str
+    """Of the token ids."""
+
+
+@dataclass(frozen=True)
 class PassRow:
     """What one pass did. ``skipped`` gives a reason for every weight that it left alone."""
 
@@ -280,6 +290,8 @@ class Report:
     """Peak resident memory of the export itself, MiB."""
     parity: tuple[Pair, ...] = ()
     """Every pair of formats."""
+    calibration: CalibrationFacts | None = None
+    """The text that passes were calibrated on; None where none was."""
     notes: tuple[str, ...] = ()
     """What was not done, and why: verification turned off, a check that does not apply, a fallback."""
 

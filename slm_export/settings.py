@@ -42,6 +42,7 @@ class Settings(BaseModel):
     head_bits: Bits | None = None
     context: int | None = Field(default=None, ge=1)
     eval_text: Path | None = None
+    calibration: Path | None = None
     out: Path | None = None
     gates: Gates = Field(default_factory=lambda: Gates.model_validate({}))
 
@@ -53,7 +54,7 @@ class Settings(BaseModel):
                 raise ValueError(f"'{name}' is listed twice")
         return formats
 
-    @field_validator("eval_text", "out", mode="before")
+    @field_validator("eval_text", "calibration", "out", mode="before")
     @classmethod
     def _text_is_a_path(cls, value: object) -> object:
         if not isinstance(value, str):
@@ -79,6 +80,7 @@ def load_settings(folder: Path) -> Settings | None:
             "model": _resolve_model(folder, settings.model),
             "device": _resolve_device(folder, settings.device),
             "eval_text": _resolve(folder, settings.eval_text),
+            "calibration": _resolve(folder, settings.calibration),
             "out": _resolve(folder, settings.out),
         }
     )

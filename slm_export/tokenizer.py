@@ -89,12 +89,12 @@ class SourceTokenizer:
 
     def encode_with_template(self, text: str) -> list[int]:
         """Return the ids of a text with the special tokens that the tokenizer adds around it."""
-        before, after = self._template
+        before, after = self.template
         return [*before, *self.encode(text), *after]
 
     @functools.cached_property
-    def _template(self) -> tuple[list[int], list[int]]:
-        """What transformers adds before and after a text."""
+    def template(self) -> tuple[list[int], list[int]]:
+        """The ids that transformers adds before and after a text."""
         whole, inner = self._ids("a", special=True), self._ids("a", special=False)
         start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
         return whole[:start], whole[start + len(inner) :]
