@@ -13,7 +13,7 @@ points is tried, each with the scale that is best for the codes it gives: with c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from slm_export.checkpoint import Checkpoint, PassResult
 from slm_export.errors import InputError
 from slm_export.finished import Keeper
+from slm_export.precision import BITS, ByName, chosen, refuse_names, refuse_values
 from slm_export.weights import (
     CODE_RANGE,
     GROUPS,
@@ -49,7 +50,10 @@ _BLOCK = (
 
 @dataclass(frozen=True)
 class GroupQuantize:
-    """Options: bits of linear layers, group of 4-bit matrices, bits of embedding and head, scale search."""
+    """Options: bits of linear layers, group of 4-bit matrices, bits of embedding and head, scale search.
+
+    The tables (see `precision`) say otherwise for single matrices, by their names.
+    """
 
     name: ClassVar[str] = "group-quantize"
     calibrated: ClassVar[bool] = False
@@ -63,13 +67,17 @@ class GroupQuantize:
     """None: as the embedding. A tied pair is one matrix, and takes ``embedding_bits``."""
     search: bool = True
     """False takes the largest magnitude of each group for its range (min-max): for comparison."""
+    bits_by_tensor: ByName = field(default_factory=dict)
+    group_by_tensor: ByName = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for option in ("bits", "embedding_bits", "head_bits"):
-            if (value := getattr(self, option)) not in (4, 8, 16, 32) and value is not None:
+            if (value := getattr(self, option)) not in BITS and value is not None:
                 raise InputError(f"group-quantize: {option} must be 4, 8, 16 or 32, not {value!r}")
         if self.group not in GROUPS:
             raise InputError(f"group-quantize: group must be one of {GROUPS}, not {self.group!r}")
+        refuse_values("group-quantize: bits_by_tensor", self.bits_by_tensor, BITS)
+        refuse_values("group-quantize: group_by_tensor", self.group_by_tensor, GROUPS)
 
     def run(self, checkpoint: Checkpoint, work: Workbench = DEFAULT) -> PassResult:
         """Quantize every matrix of the checkpoint, one at a time."""
@@ -77,7 +85,7 @@ class GroupQuantize:
         changed: dict[str, Weight] = {}
         skipped: dict[str, str] = {}
         for name, weight in checkpoint.weights.items():
-            bits = self._bits_of(checkpoint.roles.get(name, "other"))
+            bits = self._bits_of(name, checkpoint.roles.get(name, "other"))
             result = self._convert(name, weight, bits, work.keeper)
             if isinstance(result, str):
                 skipped[name] = result
@@ -85,7 +93,10 @@ class GroupQuantize:
                 changed[name] = result
         return PassResult(checkpoint.with_weights(changed), skipped)
 
-    def _bits_of(self, role: str) -> int:
+    def _bits_of(self, name: str, role: str) -> int:
+        own = chosen(self.bits_by_tensor, name) if role != "other" else None
+        if own is not None:
+            return own
         if role == "linear":
             return self.bits
         if role == "head":
@@ -106,11 +117,16 @@ class GroupQuantize:
             return _half(weight)
         if bits == 4 and weight.shape[1] % GROUPS[0]:
             return f"{weight.shape[1]} columns do not divide by {GROUPS[0]}, the smallest group"
-        group = self.group if bits == 4 else weight.shape[1]
+        group = self._group_of(name) if bits == 4 else weight.shape[1]
         return keeper.keep(name, lambda: quantize(weight.load(), bits, group, self.search))
+
+    def _group_of(self, name: str) -> int:
+        return chosen(self.group_by_tensor, name) or self.group
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Refuse what cannot mean what the user asked for."""
+        refuse_names("group-quantize: bits_by_tensor", self.bits_by_tensor, checkpoint)
+        refuse_names("group-quantize: group_by_tensor", self.group_by_tensor, checkpoint)
         if checkpoint.tied and self.head_bits not in (None, self.embedding_bits):
             raise InputError(
                 f"head bits {self.head_bits} and embedding bits {self.embedding_bits} differ, but this model "
@@ -120,13 +136,14 @@ class GroupQuantize:
         four = {
             name: weight.shape[1]
             for name, weight in checkpoint.weights.items()
-            if self._bits_of(checkpoint.roles.get(name, "other")) == 4 and not weight.shape[1] % GROUPS[0]
+            if self._bits_of(name, checkpoint.roles.get(name, "other")) == 4
+            and not weight.shape[1] % GROUPS[0]
         }
         for name, columns in four.items():
-            if columns % self.group:
+            if columns % (group := self._group_of(name)):
                 fitting = [str(g) for g in GROUPS if not any(c % g for c in four.values())]
                 raise InputError(
-                    f"group size {self.group} does not divide the {columns} columns of {name}; "
+                    f"group size {group} does not divide the {columns} columns of {name}; "
                     f"a group size that fits this model: {' or '.join(fitting)}"
                 )
 

@@ -20,7 +20,14 @@ PASSES: Mapping[str, type[Pass]] = {GroupQuantize.name: GroupQuantize}
 
 Recipe = tuple[Pass, ...]
 
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a word",
+    dict: "a table of names and whole numbers",
+}
+_TABLES = ("bits_by_tensor", "group_by_tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +72,9 @@ def build_recipe(steps: Sequence[RecipeStep], options: QuantizationOptions, wher
     for step in steps:
         chosen = dict(step.options)
         if getattr(PASSES.get(step.pass_name), "quantizes", False):
-            chosen, quantizes = {**chosen, **overrides}, True
+            # What speaks for all matrices leaves none of its own: otherwise --bits 8 would not mean 8.
+            kept = {key: value for key, value in chosen.items() if not overrides or key not in _TABLES}
+            chosen, quantizes = {**kept, **overrides}, True
         passes.append(make_pass(step.pass_name, chosen, where))
     if overrides and not quantizes:
         passes.append(make_pass(GroupQuantize.name, overrides, where))
@@ -81,7 +90,7 @@ def make_pass(name: str, options: Mapping[str, Any], where: str) -> Pass:
     for key, value in options.items():
         if key not in known:
             raise InputError(f"{where}: {name}: unknown option '{key}'{suggestion(key, known)}")
-        default = known[key].default
+        default = _default(known[key])
         kind = int if default is None else type(default)
         if kind is float and type(value) is int:
             value = float(value)
@@ -92,6 +101,11 @@ def make_pass(name: str, options: Mapping[str, Any], where: str) -> Pass:
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     return made
+
+
+def _default(option: dataclasses.Field[Any]) -> Any:
+    made = option.default_factory
+    return option.default if made is dataclasses.MISSING else made()
 
 
 def options_of(step: Pass) -> dict[str, Any]:

@@ -137,8 +137,13 @@ def limit(check: Check) -> str:
 
 
 def options(row: PassRow) -> str:
-    """Return the options of a pass as ``bits=4 group=32``."""
-    return " ".join(f"{key}={value}" for key, value in row.options.items() if value is not None)
+    """Return the options of a pass as ``bits=4 group=32``; of a table how many names it has."""
+    shown = {
+        key: f"({len(value)} names)" if isinstance(value, Mapping) else value
+        for key, value in row.options.items()
+        if value is not None and value != {}
+    }
+    return " ".join(f"{key}={value}" for key, value in shown.items())
 
 
 def grouped_reasons(skipped: Mapping[str, str], show: int = 3) -> list[tuple[int, str, str]]:
