@@ -30,7 +30,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 _MAX_BYTES = 16 << 20
 # Free text belongs to report.json; the manifest holds figures.
-_NOT_FIGURES = frozenset({"greedy_text", "worst_sentence"})
+_NOT_FIGURES = frozenset({"greedy_text", "worst_sentence", "examples"})
 
 Figure = float | int | str | dict[str, float] | None
 

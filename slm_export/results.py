@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from slm_export.checksums import sha256_file, size_of
+from slm_export.details import Divergence, FrontierPoint, Furthest, Prediction, WeightRow
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class TokenQuality:
     greedy_agreement: float | None = None
     greedy_first_difference: int | None = None
     greedy_text: str | None = None
+    examples: tuple[Divergence, ...] = ()
+    """The places of the largest divergence, and the first differences of the artifact's own texts."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ class EmbeddingQuality:
     sentences: int = 0
     worst_sentence: str | None = None
     lowering_max_abs: float | None = None
+    examples: tuple[Furthest, ...] = ()
+    """The furthest texts, the worst first."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,8 @@ class ScoreQuality:
     max_abs: float | None = None
     sentences: int = 0
     lowering_max_abs: float | None = None
+    examples: tuple[Furthest, ...] = ()
+    """The furthest texts, the worst first."""
 
 
 Quality = TokenQuality | EmbeddingQuality | ScoreQuality
@@ -229,6 +236,8 @@ class FormatResult:
     checks: tuple[Check, ...]
     latency: Latency | None
     delegation: Delegation | None = None
+    prediction: Prediction | None = None
+    """None where no model of the machine was asked."""
 
     @property
     def passed(self) -> bool:
@@ -294,6 +303,16 @@ class Report:
     """The text that passes were calibrated on; None where none was."""
     notes: tuple[str, ...] = ()
     """What was not done, and why: verification turned off, a check that does not apply, a fallback."""
+    asked: dict[str, object] = field(default_factory=dict)
+    """What the user asked for, under the names of slm-export.toml; the rest is the device profile's."""
+    weights: tuple[WeightRow, ...] = ()
+    """Every weight, in the order of the model."""
+    frontier: tuple[FrontierPoint, ...] = ()
+    """Size against quality over several recipes, where they were searched."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """The machine that exported and measured: processor, cores, memory, system."""
+    held_out: str | None = None
+    """sha256 of the text that fidelity was measured on."""
 
     @property
     def passed(self) -> bool:

@@ -221,5 +221,5 @@ def _quality_items(result: FormatResult) -> list[tuple[str, float | str | None]]
     if result.quality is None:
         return []
     texts = ("greedy_text", "worst_sentence")
-    items = dataclasses.asdict(result.quality).items()
+    items = [item for item in dataclasses.asdict(result.quality).items() if item[0] != "examples"]
     return [(name, value) for name, value in items if value is not None or name not in texts]
