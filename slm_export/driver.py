@@ -9,10 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from slm_export import __version__, bundle, fidelity
+from slm_export.asked import asked
+from slm_export.by_weight import rows_of
 from slm_export.checkpoint import Checkpoint
 from slm_export.compilation import Plan, check_gates, context_for
+from slm_export.environment import environment
 from slm_export.errors import GateError
-from slm_export.evaltext import load_documents
+from slm_export.evaltext import load_documents, text_sha256
 from slm_export.fidelity.judging import checks_of, judge_acceleration
 from slm_export.finished import until_the_end
 from slm_export.gates import Gates
@@ -101,6 +104,10 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
             peak_rss_mb=progress.peak_rss_mb,
             parity=pairs,
             notes=tuple(notes),
+            asked=asked(plan.request),
+            weights=rows_of(checkpoint, optimized.errors),
+            environment=environment(),
+            held_out=text_sha256(documents) if plan.request.verify else None,
         )
         refuse_failures(report)
         runtime = runtime_facts(source, tokenizer, options, runners)

@@ -6,6 +6,7 @@ closer to what the model will meet, and can be given instead.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
@@ -34,6 +35,11 @@ def load_documents(path: Path | None, purpose: str = "evaluation") -> tuple[str,
     if not documents:
         raise InputError(f"{path}: the {purpose} text is empty; give a UTF-8 file with some pages of text")
     return documents
+
+
+def text_sha256(documents: Sequence[str]) -> str:
+    """Return the sha256 that tells two evaluation texts apart."""
+    return hashlib.sha256("\f".join(documents).encode()).hexdigest()
 
 
 def load_sentences() -> tuple[str, ...]:

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from slm_export import bundle
+from slm_export.asked import asked
+from slm_export.by_weight import relative_errors, rows_of
 from slm_export.checkpoint import Checkpoint
 from slm_export.compilation import Plan
 from slm_export.driver import gates_for, refuse_failures, size_check, versions
+from slm_export.environment import environment
 from slm_export.errors import InputError
 from slm_export.exporters.litert_keras import Converted
 from slm_export.exporters.litert_keras_file import write
@@ -22,7 +25,7 @@ from slm_export.keras_read import Read, read_model, ready, source_sha256
 from slm_export.keras_source import name_of
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.progress import Progress
-from slm_export.recipe import options_of, relative_error
+from slm_export.recipe import options_of
 from slm_export.registry import exporter
 from slm_export.results import Artifact, FormatResult, Latency, ModelFacts, PassRow, Quality, Report
 from slm_export.tasks import CLASSIFICATION, EMBEDDING
@@ -62,6 +65,9 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
             stages=dict(progress.stages),
             peak_rss_mb=progress.peak_rss_mb,
             notes=(*plan.notes, *_recipe_note(plan), *read.notes),
+            asked=asked(plan.request),
+            weights=rows_of(checkpoint, relative_errors(read.converted.checkpoint, checkpoint)[1]),
+            environment=environment(),
         )
         refuse_failures(report)
         report = bundle.write_documents(staging.path, report, gates=gates, runtime=_runtime(read))
@@ -88,7 +94,7 @@ def quantize(converted: Converted, step: GroupQuantize, progress: Progress) -> t
         bytes_after=result.checkpoint.bytes,
         changed=len(before.weights) - len(skipped),
         skipped=skipped,
-        error=relative_error(before, result.checkpoint),
+        error=relative_errors(before, result.checkpoint)[0],
     )
     return replace(result.checkpoint, history=(step.name,)), row
 

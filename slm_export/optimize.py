@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slm_export.bundle import machine_errors
+from slm_export.by_weight import relative_errors, still_true
 from slm_export.calibration import Calibration, own_calibration, read_calibration, shipped_calibration
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError
 from slm_export.finished import IN_MEMORY, Finished, Keeper, cache_folder, finished_weights
 from slm_export.model import build_reference
 from slm_export.progress import Progress
-from slm_export.recipe import Recipe, options_of, relative_error, unaccounted
+from slm_export.recipe import Recipe, options_of, unaccounted
 from slm_export.results import CalibrationFacts, PassRow
 from slm_export.tasks import GENERATION
 from slm_export.tokenizer import SourceTokenizer
@@ -29,6 +30,8 @@ class Optimized:
     rows: tuple[PassRow, ...]
     notes: tuple[str, ...]
     calibration: CalibrationFacts | None
+    errors: dict[str, float]
+    """Relative squared error by weight, of the last pass that changed it."""
 
 
 def optimize(
@@ -45,6 +48,7 @@ def optimize(
             held in memory
     """
     checkpoint, rows, notes = source, [], []
+    errors: dict[str, float] = {}
     text = None if calibration is None else calibration.sha256
     done: list[object] = [source_sha256, *([text] if text else [])]
     for step in recipe:
@@ -58,6 +62,8 @@ def optimize(
         notes += [*([note] if note else []), *(f"{step.name}: {note}" for note in result.notes)]
         if forgotten := unaccounted(checkpoint, result.checkpoint, result.skipped):
             raise AssertionError(f"{step.name}: neither changed nor skipped with a reason: {forgotten}")
+        whole, each = (None, {}) if step.structural else relative_errors(checkpoint, result.checkpoint)
+        errors = {**still_true(errors, checkpoint, result.checkpoint), **each}
         row = PassRow(
             name=step.name,
             options=options_of(step),
@@ -66,12 +72,12 @@ def optimize(
             bytes_after=result.checkpoint.bytes,
             changed=len(checkpoint.weights) - len(result.skipped),
             skipped=dict(result.skipped),
-            error=None if step.structural else relative_error(checkpoint, result.checkpoint),
+            error=whole,
         )
         rows.append(row)
         checkpoint = replace(result.checkpoint, history=(*checkpoint.history, step.name))
     facts = None if calibration is None else _facts(calibration)
-    return Optimized(checkpoint, tuple(rows), tuple(notes), facts)
+    return Optimized(checkpoint, tuple(rows), tuple(notes), facts, errors)
 
 
 def calibration_for(

@@ -14,7 +14,7 @@ from slm_export.checkpoint import Checkpoint, Pass
 from slm_export.errors import InputError, suggestion
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.profile import RecipeStep
-from slm_export.weights import Quantized, float_blocks
+from slm_export.weights import Quantized
 
 PASSES: Mapping[str, type[Pass]] = {GroupQuantize.name: GroupQuantize}
 
@@ -130,18 +130,3 @@ def unaccounted(before: Checkpoint, after: Checkpoint, skipped: Mapping[str, str
         for name, weight in before.weights.items()
         if (after.weights.get(name) is weight) != (name in skipped)
     ]
-
-
-_BLOCK = 1 << 18  # values, which stay in the processor's cache
-
-
-def relative_error(before: Checkpoint, after: Checkpoint) -> float | None:
-    """Return sum |w - w'|^2 / sum |w|^2 over the weights that differ, read one at a time; None if none does."""
-    error = norm = 0.0
-    for name, weight in before.weights.items():
-        if after.weights[name] is weight or after.weights[name].shape != weight.shape:
-            continue
-        for old, new in zip(*(float_blocks(w, _BLOCK) for w in (weight, after.weights[name])), strict=True):
-            norm += old.square().sum().item()
-            error += (old - new).square_().sum().item()
-    return error / norm if norm else None
