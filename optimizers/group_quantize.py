@@ -73,11 +73,11 @@ class GroupQuantize:
     def __post_init__(self) -> None:
         for option in ("bits", "embedding_bits", "head_bits"):
             if (value := getattr(self, option)) not in BITS and value is not None:
-                raise InputError(f"group-quantize: {option} must be 4, 8, 16 or 32, not {value!r}")
+                raise InputError(f"{self.name}: {option} must be 4, 8, 16 or 32, not {value!r}")
         if self.group not in GROUPS:
-            raise InputError(f"group-quantize: group must be one of {GROUPS}, not {self.group!r}")
-        refuse_values("group-quantize: bits_by_tensor", self.bits_by_tensor, BITS)
-        refuse_values("group-quantize: group_by_tensor", self.group_by_tensor, GROUPS)
+            raise InputError(f"{self.name}: group must be one of {GROUPS}, not {self.group!r}")
+        refuse_values(f"{self.name}: bits_by_tensor", self.bits_by_tensor, BITS)
+        refuse_values(f"{self.name}: group_by_tensor", self.group_by_tensor, GROUPS)
 
     def run(self, checkpoint: Checkpoint, work: Workbench = DEFAULT) -> PassResult:
         """Quantize every matrix of the checkpoint, one at a time."""
@@ -85,7 +85,7 @@ class GroupQuantize:
         changed: dict[str, Weight] = {}
         skipped: dict[str, str] = {}
         for name, weight in checkpoint.weights.items():
-            bits = self._bits_of(name, checkpoint.roles.get(name, "other"))
+            bits = self.bits_of(name, checkpoint.roles.get(name, "other"))
             result = self._convert(name, weight, bits, work.keeper)
             if isinstance(result, str):
                 skipped[name] = result
@@ -93,7 +93,8 @@ class GroupQuantize:
                 changed[name] = result
         return PassResult(checkpoint.with_weights(changed), skipped)
 
-    def _bits_of(self, name: str, role: str) -> int:
+    def bits_of(self, name: str, role: str) -> int:
+        """Return the bits of a weight; 0 where it is no matrix."""
         own = chosen(self.bits_by_tensor, name) if role != "other" else None
         if own is not None:
             return own
@@ -117,16 +118,17 @@ class GroupQuantize:
             return _half(weight)
         if bits == 4 and weight.shape[1] % GROUPS[0]:
             return f"{weight.shape[1]} columns do not divide by {GROUPS[0]}, the smallest group"
-        group = self._group_of(name) if bits == 4 else weight.shape[1]
+        group = self.group_of(name) if bits == 4 else weight.shape[1]
         return keeper.keep(name, lambda: quantize(weight.load(), bits, group, self.search))
 
-    def _group_of(self, name: str) -> int:
+    def group_of(self, name: str) -> int:
+        """Return the group of a 4-bit matrix."""
         return chosen(self.group_by_tensor, name) or self.group
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Refuse what cannot mean what the user asked for."""
-        refuse_names("group-quantize: bits_by_tensor", self.bits_by_tensor, checkpoint)
-        refuse_names("group-quantize: group_by_tensor", self.group_by_tensor, checkpoint)
+        refuse_names(f"{self.name}: bits_by_tensor", self.bits_by_tensor, checkpoint)
+        refuse_names(f"{self.name}: group_by_tensor", self.group_by_tensor, checkpoint)
         if checkpoint.tied and self.head_bits not in (None, self.embedding_bits):
             raise InputError(
                 f"head bits {self.head_bits} and embedding bits {self.embedding_bits} differ, but this model "
@@ -136,11 +138,11 @@ class GroupQuantize:
         four = {
             name: weight.shape[1]
             for name, weight in checkpoint.weights.items()
-            if self._bits_of(name, checkpoint.roles.get(name, "other")) == 4
+            if self.bits_of(name, checkpoint.roles.get(name, "other")) == 4
             and not weight.shape[1] % GROUPS[0]
         }
         for name, columns in four.items():
-            if columns % (group := self._group_of(name)):
+            if columns % (group := self.group_of(name)):
                 fitting = [str(g) for g in GROUPS if not any(c % g for c in four.values())]
                 raise InputError(
                     f"group size {group} does not divide the {columns} columns of {name}; "
