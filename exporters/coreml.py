@@ -1,6 +1,6 @@
 """Core ML: ``Model.mlpackage``, an ML Program for iOS 18 and macOS 15 or later.
 
-Given   a checkpoint on the integer grid, or in 16 or 32 bits
+Given   a checkpoint on the integer grid or in tables, or in 16 or 32 bits
 Result  a decoder is two functions over one KV cache in states, ``prefill`` (the default) and ``decode``, which share
         every weight: int32 inputIds (1, tokens), float16 causalMask (1, 1, tokens, end) -> float16 logits (1, tokens,
         vocabulary). An encoder takes int32 ids and mask (1, n) of a few lengths n and returns an embedding or scores.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from slm_export.results import Delegation
     from slm_export.runtime_tokenizers import RuntimeTokenizer
-    from slm_export.weights import Quantized, Weight
+    from slm_export.weights import Coded, Weight
 
 _PACKAGES = "coremltools"
 
@@ -42,6 +42,7 @@ class CoreMLExporter:
     name: ClassVar[str] = "coreml"
     elsewhere: ClassVar[str | None] = "Core ML runs on Apple's systems alone"
     packages: ClassVar[tuple[str, ...]] = ("coremltools",)
+    tables: ClassVar[bool] = True
 
     def file(self, task: str) -> str:
         """Return where the package is in a bundle."""
@@ -78,8 +79,8 @@ class CoreMLExporter:
 
             return open_session(path, task)
 
-    def stored(self, path: Path) -> Mapping[str, Quantized]:
-        """Return every quantized matrix under its name in the checkpoint, read from the package alone."""
+    def stored(self, path: Path) -> Mapping[str, Coded]:
+        """Return every quantized or palettized matrix under its name in the checkpoint, read from the package alone."""
         with needs(self.name, _PACKAGES), _quiet_import():
             from slm_export.exporters.coreml_stored import read_weights
 

@@ -21,7 +21,7 @@ from slm_export.exporters.coreml_frontend import KEYS, VALUES, lowering
 from slm_export.exporters.coreml_rotary import with_tables
 from slm_export.model import Encoder, build_decoder, build_encoder
 from slm_export.norms import exchange_norms
-from slm_export.weights import Quantized, Weight
+from slm_export.weights import Dense, Weight
 
 IDS, MASK, LOGITS = "inputIds", "causalMask", "logits"
 """Inputs and output of a decoder, as swift-transformers and Apple's recipe for Llama name them."""
@@ -115,7 +115,7 @@ class _RMSNorm(nn.Module):
 
 def is_half(weight: Weight) -> bool:
     """Whether a matrix is one of a float16 program."""
-    return isinstance(weight, Quantized) or weight.dtype == torch.float16
+    return not isinstance(weight, Dense) or weight.dtype == torch.float16
 
 
 def program_dtype(checkpoint: Checkpoint) -> str:

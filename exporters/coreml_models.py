@@ -27,7 +27,7 @@ from slm_export.provenance import licence_of
 from slm_export.results import Signature
 from slm_export.runtime import ExportOptions
 from slm_export.tasks import CLASSIFICATION, TOKENS, output_shape
-from slm_export.weights import Quantized
+from slm_export.weights import Palettized, Quantized
 
 _LONGEST = 256
 """Tokens of one call that our sessions and apps use where any number will do: it returns the logits of all of them."""
@@ -168,6 +168,11 @@ def write_encoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) ->
 
 def _refuse_groups(checkpoint: Checkpoint) -> None:
     for name, weight in checkpoint.weights.items():
+        if isinstance(weight, Palettized) and weight.group != weight.shape[0]:
+            raise InputError(
+                f"{name}: a table per {weight.group} rows needs iOS 18; give group_channels = 0 to palettize, or leave "
+                "out coreml.ios = 17 in the device profile"
+            )
         if isinstance(weight, Quantized) and weight.bits != 8:
             raise InputError(
                 f"{name}: {weight.bits} bits with a scale per group need iOS 18; give --bits 8, or leave out "

@@ -1,4 +1,4 @@
-"""The quantized matrices of a package, read back from its files."""
+"""The quantized and palettized matrices of a package, read back from its files."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ from slm_export.exporters.coreml_metadata import WEIGHTS
 from slm_export.exporters.mil.blob import Packed
 from slm_export.exporters.mil.package import Package
 from slm_export.exporters.mil.program import Operation
-from slm_export.weights import Quantized
+from slm_export.weights import TABLE_BITS, Coded, Palettized, Quantized
 
-_CODES = {"constexpr_blockwise_shift_scale": "data", "constexpr_affine_dequantize": "quantized_data"}
-"""Operations that make a matrix of codes and scales -> their parameter for the codes."""
+_TABLES = "constexpr_lut_to_dense"
+_PARTS = {
+    "constexpr_blockwise_shift_scale": ("data", "scale"),
+    "constexpr_affine_dequantize": ("quantized_data", "scale"),
+    _TABLES: ("indices", "lut"),
+}
+"""Operations that make a matrix -> their parameters for its codes and for what those mean."""
 
 
-def read_weights(path: Path) -> Mapping[str, Quantized]:
-    """Return every quantized matrix under its name in the checkpoint.
+def read_weights(path: Path) -> Mapping[str, Coded]:
+    """Return every quantized or palettized matrix under its name in the checkpoint.
 
     Raises:
-        InputError: the package is not one of ours, two of its functions disagree, or a matrix is not on the grid.
+        InputError: the package is not one of ours, two of its functions disagree, or a matrix is neither on the grid
+            nor in tables for groups of its rows.
     """
     package = Package.open(path)
     try:
@@ -34,7 +40,7 @@ def read_weights(path: Path) -> Mapping[str, Quantized]:
         {
             names.get(operation.outputs[0][0], operation.outputs[0][0]): operation
             for operation in function.operations
-            if operation.kind in _CODES
+            if operation.kind in _PARTS
         }
         for function in package.functions.values()
     ]
@@ -45,14 +51,37 @@ def read_weights(path: Path) -> Mapping[str, Quantized]:
 
 
 def _alike(one: Operation, other: Operation | None) -> bool:
-    return other is not None and all(
-        torch.equal(_constant(one, key).data, _constant(other, key).data)
-        for key in (_CODES[one.kind], "scale")
+    return (
+        other is not None
+        and other.kind == one.kind
+        and all(torch.equal(_constant(one, key).data, _constant(other, key).data) for key in _PARTS[one.kind])
     )
 
 
-def _matrix(operation: Operation) -> Quantized:
-    data, scales = _constant(operation, _CODES[operation.kind]), _constant(operation, "scale").tensor()
+def _matrix(operation: Operation) -> Coded:
+    return _palettized(operation) if operation.kind == _TABLES else _quantized(operation)
+
+
+def _palettized(operation: Operation) -> Palettized:
+    indices, lut = (_constant(operation, key) for key in _PARTS[_TABLES])
+    # Before iOS 18 indices are bytes without a shape, and there is one table.
+    shaped = "shape" in operation.inputs
+    shape = tuple(_constant(operation, "shape").tensor().tolist()) if shaped else indices.shape
+    tables = lut.tensor().reshape(1, -1) if shaped or len(lut.shape) < 2 else lut.tensor().flatten(1)
+    bits = next((bits for bits in TABLE_BITS if tables.shape[1] == 1 << bits), None)
+    along_rows = shaped or lut.shape[1:] == (1, tables.shape[1], 1)
+    fits = len(shape) == 2 and len(tables) and shape[0] % len(tables) == 0 and tables.dtype == torch.float16
+    if bits is None or not along_rows or not fits or shape[1] * bits % 8:
+        raise InputError(
+            f"{operation.where}: a table {list(lut.shape)} of {lut.element.name} for a matrix {list(shape)} is not one "
+            "of 16 or 64 float16 values for each group of rows"
+        )
+    return Palettized.of((shape[0], shape[1]), bits, indices.data.view(shape[0], -1), tables)
+
+
+def _quantized(operation: Operation) -> Quantized:
+    codes, scale = _PARTS[operation.kind]
+    data, scales = _constant(operation, codes), _constant(operation, scale).tensor()
     _refuse_shift(operation)
     if data.element.name not in ("int4", "int8") or len(data.shape) != 2:
         raise InputError(f"{operation.where}: not on the grid of symmetric int4 and int8")
@@ -71,7 +100,7 @@ def _matrix(operation: Operation) -> Quantized:
 
 def _refuse_shift(operation: Operation) -> None:
     """The grid is symmetric: no offset, no zero point other than 0, scales along the rows."""
-    for key in set(operation.inputs) - {_CODES[operation.kind], "scale"}:
+    for key in set(operation.inputs) - set(_PARTS[operation.kind]):
         if key not in ("zero_point", "axis") or _constant(operation, key).tensor().any():
             raise InputError(f"{operation.where}: its '{key}' leads off the grid of symmetric int4 and int8")
 

@@ -1,13 +1,15 @@
 """Converted functions and a checkpoint -> an ``.mlpackage``, with every weight in its place.
 
 A function arrives with its matrices as inputs. Here they become constants: codes and scales of the checkpoint as
-``constexpr_blockwise_shift_scale``, bit for bit, or floats. All functions name the same constants of one weight file.
+``constexpr_blockwise_shift_scale``, indices and tables as ``constexpr_lut_to_dense``, bit for bit, or floats. All
+functions name the same constants of one weight file.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import struct
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ from slm_export.exporters.coreml_graph import WEIGHT, Function
 from slm_export.exporters.coreml_metadata import WEIGHTS
 from slm_export.exporters.mil.blob import BY_CODE, BY_NAME, WeightFile
 from slm_export.exporters.mil.package import MANIFEST
-from slm_export.weights import Dense, Quantized, Weight
+from slm_export.weights import Dense, Palettized, Quantized, Weight
 
 _AUTHOR = "com.apple.CoreML"
 _MODEL, _FOLDER = f"{_AUTHOR}/model.mlmodel", f"{_AUTHOR}/weights"
@@ -101,12 +103,15 @@ class PackageWriter:
 
     def _constant(self, name: str, blobs: BlobWriter) -> Any:
         if name not in self._constants:
-            weight = self._checkpoint.weights[name]
+            weight, dtype = self._checkpoint.weights[name], self._dtype
+            grouped = self._spec.specificationVersion >= _IOS_18
             if isinstance(weight, Dense):
-                self._constants[name] = _dense(name, weight, self._dtype, blobs)
+                made = _dense(name, weight, dtype, blobs)
+            elif isinstance(weight, Palettized):
+                made = (_tables if grouped else _table)(name, weight, dtype, blobs)
             else:
-                make = _blockwise if self._spec.specificationVersion >= _IOS_18 else _affine
-                self._constants[name] = make(name, weight, self._dtype, blobs)
+                made = (_blockwise if grouped else _affine)(name, weight, dtype, blobs)
+            self._constants[name] = made
         return self._constants[name]
 
     def _write_manifest(self) -> None:
@@ -167,6 +172,35 @@ def _affine(name: str, weight: Quantized, dtype: str, blobs: BlobWriter) -> Any:
     zero.immediateValue.tensor.bytes.values = bytes(1)
     _set_type(axis.type, "int32", ())
     axis.immediateValue.tensor.ints.values.append(0)
+    return operation
+
+
+def _tables(name: str, weight: Palettized, dtype: str, blobs: BlobWriter) -> Any:
+    """Return the operation that makes a matrix of indices and a table per group of rows (iOS 18)."""
+    operation = _operation("constexpr_lut_to_dense", name, dtype, weight)
+    packed, tables = weight.load()
+    element = f"uint{weight.bits}"
+    offset = blobs.tensor(element, packed)
+    _set_file(operation.inputs["indices"].arguments.add().value, offset, element, weight.shape)
+    offset = blobs.tensor(dtype, tables.to(_TORCH[dtype]))
+    # One table for all columns; its entries are values, vectors of one element.
+    shape = (tables.shape[0], 1, tables.shape[1], 1)
+    _set_file(operation.inputs["lut"].arguments.add().value, offset, dtype, shape)
+    return operation
+
+
+def _table(name: str, weight: Palettized, dtype: str, blobs: BlobWriter) -> Any:
+    """Return the operation that makes a matrix of indices into one table (iOS 16)."""
+    operation = _operation("constexpr_lut_to_dense", name, dtype, weight)
+    packed, tables = weight.load()
+    assert tables.shape[0] == 1, "refused before"
+    offset = blobs.tensor("uint8", packed)
+    _set_file(operation.attributes["indices"], offset, "uint8", (packed.numel(),))
+    offset = blobs.tensor(dtype, tables.to(_TORCH[dtype]))
+    _set_file(operation.attributes["lut"], offset, dtype, (tables.shape[1],))
+    shape = operation.attributes["shape"]
+    _set_type(shape.type, "uint32", (2,))
+    shape.immediateValue.tensor.bytes.values = struct.pack("<2I", *weight.shape)
     return operation
 
 

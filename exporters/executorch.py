@@ -49,6 +49,7 @@ class ExecuTorchExporter:
     name: ClassVar[str] = "executorch"
     elsewhere: ClassVar[str | None] = None
     packages: ClassVar[tuple[str, ...]] = ("executorch",)
+    tables: ClassVar[bool] = False
 
     def file(self, task: str) -> str:
         """Return where the program is in a bundle."""

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from slm_export.dialect import AttentionShape, Position, fake_quantize_per_token
 from slm_export.exporters.executorch_stand_in import xnnpack_nibbles
 from slm_export.model import refuse_unknown
-from slm_export.weights import CODE_RANGE, Dense, Quantized, Weight
+from slm_export.weights import CODE_RANGE, Dense, Quantized, Weight, on_grid
 
 
 def xnnpack_rounding(x: Tensor, weight: Weight) -> Tensor:
     """Return activations as XNNPACK rounds them: to int8 per token for codes, to float16 for a float16 matrix."""
+    weight = on_grid(weight)
     if isinstance(weight, Quantized):
         return fake_quantize_per_token(x)
     return x.to(torch.float16).to(torch.float32) if weight.dtype == torch.float16 else x
@@ -37,12 +38,14 @@ class ExecuTorchDialect:
 
     def linear(self, weight: Weight, bias: Tensor | None) -> nn.Module:
         """Return a linear layer on the codes themselves, or on float32 or float16 values."""
+        weight = on_grid(weight)
         if isinstance(weight, Quantized):
             return _QuantizedLinear(weight, bias)
         return _HalfLinear(weight, bias) if weight.dtype == torch.float16 else _FloatLinear(weight, bias)
 
     def embedding(self, weight: Weight) -> nn.Module:
         """Return a table look-up."""
+        weight = on_grid(weight)
         return _QuantizedEmbedding(weight) if isinstance(weight, Quantized) else _FloatEmbedding(weight)
 
     def cached_attention(self, shape: AttentionShape, position: Position) -> nn.Module:

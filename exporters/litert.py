@@ -53,6 +53,7 @@ class LiteRTExporter:
         "litert-lm",
         "litert-lm-builder",
     )
+    tables: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._threads = _THREADS

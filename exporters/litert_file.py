@@ -129,6 +129,7 @@ class Placer:
             tensor.buffer = self._buffer(name, size, lambda: _bytes(weight.packed))
             tensor.quantization = self._quantization(graph, name, weight)
         else:
+            assert isinstance(weight, Dense), "tables are refused when a plan is made"
             tensor.type = types.FLOAT16 if weight.dtype == torch.float16 else types.FLOAT32
             tensor.buffer = self._buffer(name, _float_size(weight), lambda: _bytes(_floats(weight)))
 

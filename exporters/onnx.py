@@ -45,6 +45,7 @@ class OnnxExporter:
         "onnxruntime",
         "onnxruntime-genai",
     )
+    tables: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._threads = 0  # as many as there are cores

@@ -27,7 +27,7 @@ from slm_export.checkpoint import Checkpoint
 from slm_export.dialect import AttentionShape, Position, fake_quantize_per_token
 from slm_export.errors import InputError
 from slm_export.exporters.onnx_stored import CODES, COLUMNS, SCALES, SUMS, Stored
-from slm_export.weights import Dense, Quantized, Weight
+from slm_export.weights import Dense, Quantized, Weight, on_grid
 
 _CONTRIB = "com.microsoft"
 _INT8_ACTIVATIONS = 4  # an accuracy level of MatMulNBits
@@ -91,6 +91,7 @@ class OnnxDialect:
 
     def linear(self, weight: Weight, bias: Tensor | None) -> nn.Module:
         """Return a linear layer on the codes themselves, or on float32 or float16 values."""
+        weight = on_grid(weight)
         stored = self._stored(weight, by_column=True)
         if isinstance(weight, Dense):
             return _FloatLinear(stored, bias)
@@ -98,6 +99,7 @@ class OnnxDialect:
 
     def embedding(self, weight: Weight) -> nn.Module:
         """Return a table look-up."""
+        weight = on_grid(weight)
         # A table that is a head too lies as the head needs it.
         stored = self._stored(weight, by_column=self._names[id(weight)] in self._shared)
         if isinstance(weight, Dense):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slm_export.weights import Dense, Weight
+from slm_export.weights import Dense, Weight, on_grid
 
 CODES, COLUMNS, SCALES, SUMS = ".codes", ".columns", ".scales", ".sums"
 
@@ -26,6 +26,7 @@ class Stored:
     """
 
     def __init__(self, name: str, weight: Weight, by_column: bool = False) -> None:
+        weight = on_grid(weight)
         self.name, self.weight, self.by_column = name, weight, by_column
         self.stand_ins: dict[str, Tensor] = {}
         """Initializer -> a tensor of its dtype and shape that takes no memory."""

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from slm_export import __version__
 from slm_export.errors import GateError
-from slm_export.weights import CODE_RANGE, Dense, Quantized, Weight
+from slm_export.weights import CODE_RANGE, Dense, Palettized, Quantized, Weight
 
 CACHE_VARIABLE = "SLM_EXPORT_CACHE"
 _FORGOTTEN_S = 7 * 24 * 3600.0
@@ -121,6 +121,9 @@ def _write(path: Path, weight: Weight) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     if isinstance(weight, Dense):
         tensors, bits = {"values": weight.load().contiguous()}, 0
+    elif isinstance(weight, Palettized):
+        packed, tables = weight.load()
+        tensors, bits = {"packed": packed.contiguous(), "tables": tables.contiguous()}, weight.bits
     else:
         packed, scales = weight.load()
         # Scales are bfloat16 values, so nothing is lost.
@@ -142,10 +145,13 @@ def _read(path: Path) -> Weight | None:
                 values = file.get_tensor("values")
                 return Dense(tuple(values.shape), values.dtype, lambda: load()["values"])
             rows, width = file.get_slice("packed").get_shape()
+            columns = width * 8 // bits
+            if "tables" in file.keys():  # noqa: SIM118 - not a mapping
+                tables = file.get_slice("tables").get_shape()[0]
+                return Palettized((rows, columns), bits, rows // tables, lambda: _indices_and_tables(load()))
             groups = file.get_slice("scales").get_shape()[1]
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
-    columns = width * 8 // bits
     if bits not in CODE_RANGE or columns % groups:
         return None
     return Quantized((rows, columns), bits, columns // groups, lambda: _codes_and_scales(load()))
@@ -153,6 +159,10 @@ def _read(path: Path) -> Weight | None:
 
 def _codes_and_scales(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return tensors["packed"], tensors["scales"].to(torch.float32)
+
+
+def _indices_and_tables(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return tensors["packed"], tensors["tables"]
 
 
 class _Load:

@@ -20,7 +20,7 @@ from slm_export.results import Artifact, Check
 from slm_export.runtime import EncoderSession
 from slm_export.tasks import EMBEDDING
 from slm_export.tokenizer import SourceTokenizer
-from slm_export.weights import CODE_RANGE, Quantized, grid_scale
+from slm_export.weights import CODE_RANGE, Coded, Quantized, grid_scale
 
 _TOKENIZER = "tokenizer"
 
@@ -99,7 +99,9 @@ def _on_the_grid(format: str, path: Path) -> Check:
     return Check("stored_weights", bool(stored) and not wrong, detail)
 
 
-def _is_on_the_grid(weight: Quantized) -> bool:
+def _is_on_the_grid(weight: Coded) -> bool:
+    if not isinstance(weight, Quantized):
+        return False
     low, high = CODE_RANGE[weight.bits]
     codes, scales = weight.codes(), weight.scales
     return bool((codes >= low).all() and (codes <= high).all()) and torch.equal(grid_scale(scales), scales)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from slm_export.checkpoint import Checkpoint
-from slm_export.weights import Dense, Quantized, Weight
+from slm_export.weights import Dense, Weight
 
 _LAYER = re.compile(r"(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<rest>.+)")
 
@@ -110,9 +110,9 @@ def hollow(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _kind(weight: Weight) -> tuple[Any, ...]:
-    if isinstance(weight, Quantized):
-        return weight.shape, weight.bits, weight.group
-    return weight.shape, weight.dtype
+    if isinstance(weight, Dense):
+        return weight.shape, weight.dtype
+    return weight.shape, weight.bits, weight.group, type(weight)
 
 
 def hollow_weight(weight: Weight) -> Weight:

@@ -20,14 +20,14 @@ from slm_export.results import Check, Pair
 from slm_export.runtime import DecoderSession, EncoderSession, Session
 from slm_export.tasks import EMBEDDING, rows
 from slm_export.tokenizer import SourceTokenizer
-from slm_export.weights import Quantized
+from slm_export.weights import Coded, Dense, Palettized
 
 TOKENS = 128
 GREEDY = 48
 SENTENCES = 24
 _NAMED = 3
 
-Stored = Mapping[str, Quantized]
+Stored = Mapping[str, Coded]
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,22 @@ def trace_of(session: Session, task: str, tokenizer: SourceTokenizer, documents:
 
 
 def differing(one: Stored, other: Stored) -> tuple[str, ...]:
-    """Return the names of the matrices whose bits, group, codes or scales differ, or that only one side has."""
+    """Return the names of the matrices that differ in kind, bits, group, codes or their meaning, or are on one side."""
     return tuple(name for name in sorted({*one, *other}) if not _same(one.get(name), other.get(name)))
 
 
 def quantized_weights(checkpoint: Checkpoint) -> Stored:
-    """Return the matrices of a checkpoint that are on the grid."""
-    return {name: weight for name, weight in checkpoint.weights.items() if isinstance(weight, Quantized)}
+    """Return the matrices of a checkpoint that are on the grid or in tables."""
+    return {name: weight for name, weight in checkpoint.weights.items() if not isinstance(weight, Dense)}
 
 
 def judge_codes(stored: Stored, quantized: Stored) -> Check:
     """Compare what a file holds with the checkpoint that it was written from."""
     wrong = differing(stored, quantized)
-    detail = f"the codes and scales of {len(quantized)} matrices are the checkpoint's"
+    tables = sum(isinstance(weight, Palettized) for weight in quantized.values())
+    counts = (("codes and scales", len(quantized) - tables), ("indices and tables", tables))
+    parts = [f"the {what} of {count} matrices" for what, count in counts if count or not tables]
+    detail = f"{' and '.join(parts)} are the checkpoint's"
     return Check("codes", not wrong, _named("differ from the checkpoint", wrong) if wrong else detail)
 
 
@@ -136,8 +139,8 @@ def _agreed(one: Sequence[int], other: Sequence[int]) -> int:
     )
 
 
-def _same(one: Quantized | None, other: Quantized | None) -> bool:
-    if one is None or other is None:
+def _same(one: Coded | None, other: Coded | None) -> bool:
+    if one is None or other is None or type(one) is not type(other):
         return False
     if (one.shape, one.bits, one.group) != (other.shape, other.bits, other.group):
         return False

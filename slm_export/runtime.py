@@ -14,7 +14,7 @@ from slm_export.profile import FORMATS, CoreML, DeviceProfile
 from slm_export.results import Artifact, Check, Delegation, Latency, ModelFacts
 from slm_export.runtime_tokenizers import RuntimeTokenizer
 from slm_export.tokenizer import SourceTokenizer
-from slm_export.weights import Quantized, Weight
+from slm_export.weights import Coded, Weight
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ class Exporter(Protocol):
     name: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
     """What it is built on, for the record of versions."""
+    tables: ClassVar[bool]
+    """Whether it holds palettized weights."""
     elsewhere: ClassVar[str | None]
     """Why the vendor's runtime cannot be asked on this machine; None where it can. `open` then executes the file by
     its specification: nothing is timed, and no runner of the vendor's writes text."""
@@ -102,8 +104,8 @@ class Exporter(Protocol):
     def open(self, path: Path, task: str) -> Session:
         """Open an artifact in the vendor's runtime."""
 
-    def stored(self, path: Path) -> Mapping[str, Quantized]:
-        """Return every quantized matrix under its name in the checkpoint, read from the artifact alone.
+    def stored(self, path: Path) -> Mapping[str, Coded]:
+        """Return every quantized or palettized matrix under its name in the checkpoint, read from the artifact alone.
 
         Raises:
             InputError: the file is not one of ours, or a matrix in it is not on the grid.

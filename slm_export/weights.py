@@ -2,6 +2,7 @@
 
     Dense       a matrix, vector or table of floats, read when asked for
     Quantized   signed integer codes with one scale per group of columns
+    Palettized  indices into tables of float16 values, one table per group of rows; Core ML alone has them
 
 The grid, which every back end can represent bit for bit:
 
@@ -22,6 +23,8 @@ from torch import Tensor
 GROUPS = (32, 64, 128, 256)
 SMALLEST_SCALE = 2.0**-17
 CODE_RANGE = {4: (-8, 7), 8: (-127, 127)}
+TABLE_BITS = (4, 6)
+"""Bits of an index into a table of 2^bits values."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,77 @@ class Quantized:
         return Quantized.of((packed.shape[0], self.shape[1]), self.bits, packed, scales).float32()
 
 
-Weight = Dense | Quantized
+@dataclass(frozen=True)
+class Palettized:
+    """A matrix of indices: value = table of its group of rows, at the index.
+
+    Source: ``constexpr_lut_to_dense`` of iOS 18, https://apple.github.io/coremltools/source (iOS18.compression).
+    """
+
+    shape: tuple[int, int]
+    bits: int
+    """Of an index: one of `TABLE_BITS`."""
+    group: int
+    """Rows (output channels) that share a table."""
+    load: Callable[[], tuple[Tensor, Tensor]]
+    """Returns indices and tables, as `packed` and `tables` are; from memory or from disk."""
+
+    @staticmethod
+    def of(shape: tuple[int, int], bits: int, packed: Tensor, tables: Tensor) -> Palettized:
+        """Return a matrix that is in memory."""
+        rows, columns = shape
+        assert bits in TABLE_BITS
+        assert packed.shape == (rows, columns * bits // 8), packed.shape
+        assert tables.dtype == torch.float16
+        assert tables.shape[1] == 1 << bits, tables.shape
+        assert rows % tables.shape[0] == 0, tables.shape
+        return Palettized(shape, bits, rows // tables.shape[0], lambda: (packed, tables))
+
+    @property
+    def packed(self) -> Tensor:
+        """uint8 (out, in * bits / 8): the indices of a row one after the other, the first in the lowest bits."""
+        return self.load()[0]
+
+    @property
+    def tables(self) -> Tensor:
+        """float16 (out / group, 2^bits), each in ascending order."""
+        return self.load()[1]
+
+    @property
+    def bytes(self) -> int:
+        """Size in storage: the indices, and two bytes per entry of a table."""
+        return self.count * self.bits // 8 + 2 * (self.shape[0] // self.group << self.bits)
+
+    @property
+    def count(self) -> int:
+        """Number of values."""
+        return self.shape[0] * self.shape[1]
+
+    def indices(self) -> Tensor:
+        """Return the indices, uint8 (out, in)."""
+        return unpack_indices(self.packed, self.bits)
+
+    def float32(self) -> Tensor:
+        """Return the values that the indices name, float32 (out, in)."""
+        return self.rows(slice(None))
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        """Return some rows as float32 (rows, in)."""
+        packed, tables = self.load()
+        table = torch.arange(self.shape[0])[index] // self.group
+        indices = unpack_indices(packed[index], self.bits).to(torch.int64)
+        return tables.to(torch.float32)[table].gather(1, indices)
+
+
+Coded = Quantized | Palettized
+"""Stored in fewer bits than a float: codes, and what they mean."""
+Weight = Dense | Quantized | Palettized
+
+
+def on_grid(weight: Weight) -> Dense | Quantized:
+    """Return the weight, for a format that has no tables; a plan that would bring it one was refused."""
+    assert not isinstance(weight, Palettized)
+    return weight
 
 
 def float_blocks(weight: Weight, values: int) -> Iterator[Tensor]:
@@ -142,6 +215,23 @@ def unpack_int4(packed: Tensor) -> Tensor:
     # An arithmetic shift of the signed byte extends the sign of the high nibble.
     signed = packed.view(torch.int8)
     return torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(1)
+
+
+def pack_indices(indices: Tensor, bits: int) -> Tensor:
+    """Pack indices below 2^bits, uint8 (out, in), into uint8 (out, in * bits / 8), the first in the lowest bits."""
+    if bits == 4:
+        return indices[:, 0::2] | (indices[:, 1::2] << 4)
+    a, b, c, d = (indices[:, start::4] for start in range(4))
+    return torch.stack((a | (b << 6), (b >> 2) | (c << 4), (c >> 4) | (d << 2)), dim=-1).flatten(1)
+
+
+def unpack_indices(packed: Tensor, bits: int) -> Tensor:
+    """Undo `pack_indices`: uint8 (out, in)."""
+    if bits == 4:
+        return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(1)
+    a, b, c = (packed[:, start::3] for start in range(3))
+    parts = (a & 0x3F, (a >> 6) | ((b & 0xF) << 2), (b >> 4) | ((c & 0x3) << 4), c >> 2)
+    return torch.stack(parts, dim=-1).flatten(1)
 
 
 def quantized(codes: Tensor, scales: Tensor, bits: int) -> Quantized:
