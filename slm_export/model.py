@@ -108,12 +108,15 @@ def build_encoder(checkpoint: Checkpoint, dialect: Dialect, attention: str = "ea
     return Encoder(_filled(checkpoint, architecture, attention, dialect), checkpoint.task, pooling).eval()
 
 
-def build_reference(checkpoint: Checkpoint, rounding: Rounding | None = None) -> nn.Module:
+def build_reference(
+    checkpoint: Checkpoint, rounding: Rounding | None = None, dialect: Dialect | None = None
+) -> nn.Module:
     """Return the oracle: for a decoder transformers' own module, for an encoder an `Encoder`.
 
     Given   rounding: what an artifact's runtime does to activations; None: nothing
+            dialect: what makes its parts in place of the reference's dialect
     """
-    dialect = ReferenceDialect(rounding)
+    dialect = dialect or ReferenceDialect(rounding)
     if checkpoint.task != GENERATION:
         return build_encoder(checkpoint, dialect)
     architecture = architecture_of(checkpoint)

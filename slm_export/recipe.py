@@ -12,11 +12,12 @@ from typing import Any
 
 from slm_export.checkpoint import Checkpoint, Pass
 from slm_export.errors import InputError, suggestion
+from slm_export.optimizers.gptq import Gptq
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.profile import RecipeStep
 from slm_export.weights import Quantized
 
-PASSES: Mapping[str, type[Pass]] = {GroupQuantize.name: GroupQuantize}
+PASSES: Mapping[str, type[Pass]] = {cls.name: cls for cls in (GroupQuantize, Gptq)}
 
 Recipe = tuple[Pass, ...]
 
