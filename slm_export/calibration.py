@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ class Calibration:
     windows: tuple[Window, ...]
     origin: str
     """Where they come from, for people."""
+    documents: tuple[str, ...] = ()
+    """The whole texts that they are cut from; none of what a model wrote itself, or of the shipped sample."""
 
     @property
     def learning(self) -> tuple[Window, ...]:
@@ -64,8 +66,13 @@ class Calibration:
 
     @property
     def sha256(self) -> str:
-        """Of the ids: passes that follow from other text are other passes."""
-        return hashlib.sha256(json.dumps(self.windows).encode()).hexdigest()
+        """Of ids and documents: passes that follow from other text are other passes."""
+        return hashlib.sha256(json.dumps([self.windows, self.documents]).encode()).hexdigest()
+
+    def read_by(self, tokenizer: SourceTokenizer, task: str, positions: int | None) -> Calibration:
+        """Return the same text in the tokens of another tokenizer."""
+        assert self.documents, self.origin
+        return _cut(self.documents, tokenizer, task, positions, TOKENS, self.origin)
 
 
 def read_calibration(
@@ -84,7 +91,8 @@ def read_calibration(
 
 def shipped_calibration(tokenizer: SourceTokenizer, task: str, positions: int | None) -> Calibration:
     """Return windows of the shipped sample, for encoders: those are judged on other sentences."""
-    return _cut(load_documents(None), tokenizer, task, positions, TOKENS, "the shipped sample of text")
+    made = _cut(load_documents(None), tokenizer, task, positions, TOKENS, "the shipped sample of text")
+    return replace(made, documents=())
 
 
 @torch.no_grad()
@@ -135,7 +143,8 @@ def _cut(
     length = min(LENGTH, positions or LENGTH)
     if task == GENERATION:
         bos = tokenizer.bos_id if tokenizer.adds_bos else None
-        return Calibration(token_windows(documents, tokenizer.encode, length, bos, tokens), origin)
+        cut = token_windows(documents, tokenizer.encode, length, bos, tokens)
+        return Calibration(cut, origin, tuple(documents))
     windows = []
     for text in _paragraphs(documents):
         before, after = tokenizer.template
@@ -144,7 +153,7 @@ def _cut(
         tokens -= len(windows[-1])
         if tokens <= 0:
             break
-    return Calibration(tuple(windows), origin)
+    return Calibration(tuple(windows), origin, tuple(documents))
 
 
 def _paragraphs(documents: Sequence[str]) -> Iterator[str]:

@@ -20,6 +20,19 @@ embedding (positions, segments). linear: a matrix that multiplies activations. o
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """What a pass left of the source's tokens, and the tokenizer that has those alone."""
+
+    tokens: tuple[int, ...]
+    """Row of the embedding -> the source's id of that token."""
+    files: Mapping[str, bytes]
+    """Name -> content, of every file that belongs in a bundle's ``tokenizer/``."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "files", MappingProxyType(dict(self.files)))
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Weights under the parameter names of the transformers module, with what is known of them."""
 
@@ -42,6 +55,8 @@ class Checkpoint:
     """Weights that the module holds as (in, out); here they are (out, in), like all others."""
     unused: Mapping[str, str] = field(default_factory=dict)
     """Tensors of the files that the module has no place for, and why."""
+    vocabulary: Vocabulary | None = None
+    """The tokens that are left, where a pass took some away; None: the source's, with the tokenizer of ``folder``."""
     history: tuple[str, ...] = ()
     """Names of the passes that made this checkpoint, in order."""
 

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from slm_export.errors import InputError
+
+if TYPE_CHECKING:
+    from slm_export.checkpoint import Checkpoint
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -63,6 +67,8 @@ class SourceTokenizer:
     """The transformers tokenizer itself, for what this face does not cover."""
     published: Any = field(default=None, repr=False)
     """The `tokenizers` tokenizer of tokenizer.json, where it has all tokens that transformers knows."""
+    made: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    """The files of a tokenizer that a pass made, which lies in no folder yet; name -> content."""
 
     @classmethod
     def load(cls, folder: Path) -> SourceTokenizer:
@@ -173,8 +179,17 @@ class SourceTokenizer:
             raise InputError(f"{self.folder}: the chat template fails: {_first_line(error)}") from error
         return text
 
+    def files(self) -> dict[str, bytes]:
+        """Return what belongs in a bundle's ``tokenizer/``, name -> content; a tokenizer.json in any case."""
+        found = dict(self.made) or {file.name: file.read_bytes() for file in tokenizer_files(self.folder)}
+        return (
+            found if "tokenizer.json" in found else {**found, "tokenizer.json": self.tokenizer_json_bytes()}
+        )
+
     def tokenizer_json_bytes(self) -> bytes:
         """Return the folder's tokenizer.json, or the one that transformers converted its vocabulary to."""
+        if self.made:
+            return self.made["tokenizer.json"]
         file = self.folder / "tokenizer.json"
         if file.is_file():
             return file.read_bytes()
@@ -186,6 +201,17 @@ class SourceTokenizer:
             )
         serialised: str = fast.to_str()
         return serialised.encode("utf-8")
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> SourceTokenizer:
+    """Return the tokenizer that a checkpoint reads text with: its folder's, or what a pass left of that."""
+    if checkpoint.vocabulary is None:
+        return SourceTokenizer.load(checkpoint.folder)
+    with TemporaryDirectory(prefix="slm-export-") as folder:
+        for name, content in checkpoint.vocabulary.files.items():
+            (Path(folder) / name).write_bytes(content)
+        opened = SourceTokenizer.load(Path(folder))
+    return replace(opened, folder=checkpoint.folder, made=checkpoint.vocabulary.files)
 
 
 class Detokenizer:
