@@ -83,11 +83,11 @@ class Palettize:
             bits = self._bits_of(checkpoint.roles.get(name, "other"))
             if bits not in TABLE_BITS or not isinstance(weight, Dense):
                 continue
-            result = self._convert(name, weight, bits, work.keeper)
-            if isinstance(result, str):
-                notes.append(f"{name} is stored in 8 bits with a scale per row, not in tables: {result}")
+            palettized = self._convert(name, weight, bits, work.keeper)
+            if isinstance(palettized, str):
+                notes.append(f"{name} is stored in 8 bits with a scale per row, not in tables: {palettized}")
             else:
-                made[name] = result
+                made[name] = palettized
         head = self.head_bits or self.embedding_bits
         rest = GroupQuantize(8, embedding_bits=_whole(self.embedding_bits), head_bits=_whole(head))
         result = rest.run(checkpoint.with_weights(made), work)

@@ -1,7 +1,7 @@
 """What is done to the weights: an ordered tuple of passes, from the device profile and the user's options.
 
 The profile's recipe comes first; ``--bits`` and its kin (or the same keys of slm-export.toml) override the
-options of its quantization.
+options of its quantization, and ``--palettize`` puts tables in the place of that.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from slm_export.checkpoint import Checkpoint, Pass
 from slm_export.errors import InputError, suggestion
 from slm_export.optimizers.gptq import Gptq
 from slm_export.optimizers.group_quantize import GroupQuantize
+from slm_export.optimizers.palettize import Palettize
 from slm_export.profile import RecipeStep
-from slm_export.weights import Quantized
+from slm_export.weights import Dense
 
-PASSES: Mapping[str, type[Pass]] = {cls.name: cls for cls in (GroupQuantize, Gptq)}
+PASSES: Mapping[str, type[Pass]] = {cls.name: cls for cls in (GroupQuantize, Gptq, Palettize)}
 
 Recipe = tuple[Pass, ...]
 
@@ -39,14 +40,42 @@ class QuantizationOptions:
     group_size: int | None = None
     embedding_bits: int | None = None
     head_bits: int | None = None
+    palettize: int | None = None
+    """Bits of tables, in place of codes and scales."""
+
+    def over(self, others: QuantizationOptions) -> QuantizationOptions:
+        """Return these with what they leave open taken from others; codes and tables exclude each other."""
+        if self.palettize is not None:
+            others = dataclasses.replace(others, bits=None, group_size=None)
+        elif self.bits is not None or self.group_size is not None:
+            others = dataclasses.replace(others, palettize=None)
+        return dataclasses.replace(
+            others, **{key: bits for key, bits in vars(self).items() if bits is not None}
+        )
+
+    @property
+    def pass_name(self) -> str | None:
+        """The pass that is asked for; None where the options fit any."""
+        if self.palettize is not None:
+            return Palettize.name
+        return None if self.bits is None and self.group_size is None else GroupQuantize.name
 
     def overrides(self) -> dict[str, int | None]:
-        """Return the options of group-quantize that are set. ``bits`` alone speaks for embedding and head too.
+        """Return the options of the pass that are set. ``bits`` alone speaks for embedding and head too.
 
-        4 is the exception: an embedding in 4 bits costs a small model much more than it saves, so it is
-        asked for by itself.
+        4 is the exception, and so are tables: an embedding in 4 bits costs a small model much more than it saves, so
+        it is asked for by itself.
+
+        Raises:
+            InputError: tables are asked for, and codes too.
         """
-        chosen: dict[str, int | None] = {}
+        if self.palettize is not None and (self.bits is not None or self.group_size is not None):
+            other = "bits" if self.bits is not None else "a group size"
+            raise InputError(
+                f"palettize {self.palettize} stores tables in place of codes and scales, and {other} of these were "
+                "asked for too: give one of the two"
+            )
+        chosen: dict[str, int | None] = {} if self.palettize is None else {"bits": self.palettize}
         if self.bits is not None:
             chosen["bits"] = self.bits
             if self.bits != 4:
@@ -71,15 +100,26 @@ def build_recipe(steps: Sequence[RecipeStep], options: QuantizationOptions, wher
     passes = []
     quantizes = False
     for step in steps:
-        chosen = dict(step.options)
-        if getattr(PASSES.get(step.pass_name), "quantizes", False):
+        name, chosen = step.pass_name, dict(step.options)
+        if getattr(PASSES.get(name), "quantizes", False) or name == Palettize.name:
+            if options.pass_name and (options.pass_name == Palettize.name) != (name == Palettize.name):
+                name, chosen = options.pass_name, _of_both(chosen)
             # What speaks for all matrices leaves none of its own: otherwise --bits 8 would not mean 8.
             kept = {key: value for key, value in chosen.items() if not overrides or key not in _TABLES}
             chosen, quantizes = {**kept, **overrides}, True
-        passes.append(make_pass(step.pass_name, chosen, where))
+        passes.append(make_pass(name, chosen, where))
     if overrides and not quantizes:
-        passes.append(make_pass(GroupQuantize.name, overrides, where))
+        passes.append(make_pass(options.pass_name or GroupQuantize.name, overrides, where))
     return tuple(passes)
+
+
+def _of_both(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what codes and tables both know; 6 bits exist in tables alone."""
+    return {
+        key: value
+        for key, value in options.items()
+        if key in ("embedding_bits", "head_bits") and value in (4, 8, 16, 32)
+    }
 
 
 def make_pass(name: str, options: Mapping[str, Any], where: str) -> Pass:
@@ -117,7 +157,7 @@ def options_of(step: Pass) -> dict[str, Any]:
 def lowest_bits(checkpoint: Checkpoint) -> int:
     """Return the fewest bits that any matrix is stored in."""
     widths: Iterable[int] = (
-        weight.bits if isinstance(weight, Quantized) else 8 * weight.dtype.itemsize
+        8 * weight.dtype.itemsize if isinstance(weight, Dense) else weight.bits
         for name, weight in checkpoint.weights.items()
         if checkpoint.roles[name] != "other"
     )
