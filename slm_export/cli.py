@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 _BITS = click.Choice(["4", "8", "16", "32"])
+_EMBEDDING_BITS = click.Choice(["4", "6", "8", "16", "32"])
 _JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else."
 )
@@ -72,9 +73,18 @@ def cli() -> None:
 @click.option(
     "--group-size", type=click.Choice(["32", "64", "128", "256"]), help="Weights per scale, at 4 bits."
 )
-@click.option("--embedding-bits", type=_BITS, help="Bits of the embedding, and of a head that is tied to it.")
 @click.option(
-    "--head-bits", type=_BITS, help="Bits of an output head of its own. [default: as the embedding]"
+    "--palettize",
+    type=click.Choice(["4", "6"]),
+    help="Core ML: bits of indices into tables, for the Neural Engine, in place of --bits.",
+)
+@click.option(
+    "--embedding-bits",
+    type=_EMBEDDING_BITS,
+    help="Bits of the embedding, and of a head that is tied to it. 6: with --palettize alone.",
+)
+@click.option(
+    "--head-bits", type=_EMBEDDING_BITS, help="Bits of an output head of its own. [default: as the embedding]"
 )
 @click.option("--context", type=click.IntRange(min=1), help="Tokens that the KV cache holds.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
@@ -161,7 +171,11 @@ def _request(options: dict[str, Any]) -> Request:
         device=options["device"],
         formats=options["formats"] or None,
         quantization=QuantizationOptions(
-            number("bits"), number("group_size"), number("embedding_bits"), number("head_bits")
+            number("bits"),
+            number("group_size"),
+            number("embedding_bits"),
+            number("head_bits"),
+            number("palettize"),
         ),
         context=options["context"],
         out=options["out"],

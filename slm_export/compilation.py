@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError
 from slm_export.gates import SPEED, TELLING, Gates
+from slm_export.optimizers.palettize import Palettize
 from slm_export.profile import DeviceProfile, default_profile, load_profile
 from slm_export.recipe import QuantizationOptions, Recipe, build_recipe
 from slm_export.registry import exporter, target
@@ -39,7 +41,6 @@ class Request:
 
     def over(self, settings: Settings) -> Request:
         """Return this request with what it leaves open taken from slm-export.toml."""
-        ours, theirs = self.quantization, settings
         return replace(
             self,
             model=self.model or settings.model,
@@ -48,11 +49,14 @@ class Request:
             target=self.target or settings.target,
             device=self.device or _device_for(self.target, settings),
             formats=self.formats or settings.formats,
-            quantization=QuantizationOptions(
-                bits=ours.bits or theirs.bits,
-                group_size=ours.group_size or theirs.group_size,
-                embedding_bits=ours.embedding_bits or theirs.embedding_bits,
-                head_bits=ours.head_bits or theirs.head_bits,
+            quantization=self.quantization.over(
+                QuantizationOptions(
+                    settings.bits,
+                    settings.group_size,
+                    settings.embedding_bits,
+                    settings.head_bits,
+                    settings.palettize,
+                )
             ),
             context=self.context or settings.context,
             out=self.out or settings.out,
@@ -112,6 +116,7 @@ def make_plan(request: Request) -> Plan:
         request.device if request.device and request.device.endswith(".toml") else f"device {profile.name}"
     )
     recipe = build_recipe(profile.recipe, request.quantization, where)
+    _refuse_tables(recipe, exporters, profile)
     _refuse_same_text(request)
     notes = []
     if not request.verify:
@@ -119,6 +124,24 @@ def make_plan(request: Request) -> Plan:
     if not request.bench:
         notes.append("speed was not measured, and no gate on it judged (--no-bench)")
     return Plan(request, request.model, profile, recipe, exporters, made_target, tuple(notes))
+
+
+def _refuse_tables(recipe: Recipe, exporters: Sequence[Exporter], profile: DeviceProfile) -> None:
+    """Refuse to palettize for a format that has no tables, or not those that are asked for."""
+    for step in recipe:
+        if not isinstance(step, Palettize):
+            continue
+        for made in exporters:
+            if not made.tables:
+                raise InputError(
+                    f"{step.name}: format {made.name} has no tables of values, only coreml does; export coreml for a "
+                    f"device that runs it, or give --bits {4 if step.bits == 4 else 8} for codes and scales"
+                )
+        if step.group_channels and profile.coreml.ios < 18:
+            raise InputError(
+                f"{step.name}: coreml for iOS {profile.coreml.ios} has one table per matrix; write group_channels = 0 "
+                f"in the recipe of device {profile.name}, or leave out coreml.ios = {profile.coreml.ios}"
+            )
 
 
 def _refuse_same_text(request: Request) -> None:

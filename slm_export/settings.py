@@ -20,6 +20,8 @@ from slm_export.tomlfile import read_model
 FILE_NAME = "slm-export.toml"
 
 Bits = Literal[4, 8, 16, 32]
+EmbeddingBits = Literal[4, 6, 8, 16, 32]
+"""6: in tables alone."""
 GroupSize = Literal[32, 64, 128, 256]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -38,8 +40,10 @@ class Settings(BaseModel):
     formats: tuple[FormatName, ...] | None = Field(default=None, min_length=1)
     bits: Bits | None = None
     group_size: GroupSize | None = None
-    embedding_bits: Bits | None = None
-    head_bits: Bits | None = None
+    embedding_bits: EmbeddingBits | None = None
+    head_bits: EmbeddingBits | None = None
+    palettize: Literal[4, 6] | None = None
+    """Bits of tables for Core ML, in place of ``bits`` and ``group_size``."""
     context: int | None = Field(default=None, ge=1)
     eval_text: Path | None = None
     calibration: Path | None = None
