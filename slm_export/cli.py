@@ -86,6 +86,27 @@ def cli() -> None:
 @click.option(
     "--head-bits", type=_EMBEDDING_BITS, help="Bits of an output head of its own. [default: as the embedding]"
 )
+@click.option(
+    "--max-size", metavar="SIZE", help="Find the best recipe whose files are no larger: 600MB, 0.6GB."
+)
+@click.option(
+    "--max-memory", metavar="SIZE", help="The same, of the memory that the model takes when it runs."
+)
+@click.option(
+    "--min-tokens-per-s",
+    type=click.FloatRange(min=0, min_open=True),
+    help="The same, of the speed of decoding.",
+)
+@click.option(
+    "--max-perplexity-ratio",
+    type=click.FloatRange(min=1, min_open=True),
+    help="Find the smallest recipe that is this good, or with the limits above one that keeps to all: 1.01.",
+)
+@click.option(
+    "--min-cosine",
+    type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
+    help="The same for encoders of embeddings: mean cosine to the source's, such as 0.99.",
+)
 @click.option("--context", type=click.IntRange(min=1), help="Tokens that the KV cache holds.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option(
@@ -157,12 +178,16 @@ def devices(name: str | None, as_json: bool) -> None:
 
 def _request(options: dict[str, Any]) -> Request:
     """Return the request of a command line, what it leaves open filled from slm-export.toml."""
+    from slm_export.budget import Budget, parse_bytes
     from slm_export.compilation import Request
     from slm_export.recipe import QuantizationOptions
     from slm_export.settings import load_settings
 
     def number(name: str) -> int | None:
         return None if options[name] is None else int(options[name])
+
+    def size(name: str) -> int | None:
+        return None if options[name] is None else parse_bytes(options[name], f"--{name.replace('_', '-')}")
 
     request = Request(
         model=options["model"],
@@ -181,6 +206,13 @@ def _request(options: dict[str, Any]) -> Request:
         out=options["out"],
         eval_text=options["eval_text"],
         calibration=options["calibration"],
+        budget=Budget(
+            size("max_size"),
+            size("max_memory"),
+            options["min_tokens_per_s"],
+            options["max_perplexity_ratio"],
+            options["min_cosine"],
+        ),
         force=options["force"],
         verify=not options["no_verify"],
         bench=not options["no_bench"],

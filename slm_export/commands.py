@@ -27,10 +27,13 @@ def export_command(request: Request, as_json: bool) -> None:
     from slm_export.report import print_report, to_json
 
     with _working() as progress:
-        from slm_export import driver, keras_export, keras_source
+        from slm_export import driver, keras_export, keras_source, search
 
         tensorflow = keras_source.is_tensorflow_model(request.model)
-        export = keras_export.export if tensorflow else driver.export
+        if tensorflow and request.budget:
+            raise InputError(f"{request.model}: a budget is searched for in models of transformers alone")
+        plain = keras_export.export if tensorflow else driver.export
+        export = search.export if request.budget else plain
         report, out = export(make_plan(request), progress)
     shown = _as_typed(out)
     if as_json:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from slm_export.budget import Budget
 from slm_export.checkpoint import Checkpoint
+from slm_export.details import FrontierPoint
 from slm_export.errors import InputError
 from slm_export.gates import SPEED, TELLING, Gates
 from slm_export.optimizers.palettize import Palettize
@@ -35,6 +37,8 @@ class Request:
     eval_text: Path | None = None
     calibration: Path | None = None
     gates: Gates = field(default_factory=Gates)
+    budget: Budget = field(default_factory=Budget)
+    """Limits that the recipe is searched for; see `search`."""
     force: bool = False
     verify: bool = True
     bench: bool = True
@@ -63,6 +67,7 @@ class Request:
             eval_text=self.eval_text or settings.eval_text,
             calibration=self.calibration or settings.calibration,
             gates=self.gates.over(settings.gates),
+            budget=self.budget.over(settings.budget()),
         )
 
 
@@ -77,6 +82,8 @@ class Plan:
     exporters: tuple[Exporter, ...]
     target: Target
     notes: tuple[str, ...]
+    frontier: tuple[FrontierPoint, ...] = ()
+    """What was expected of other recipes, where one was searched for."""
 
     def ready(self) -> None:
         """Raise MissingComponentError unless everything that the plan needs is installed."""

@@ -104,6 +104,7 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
             peak_rss_mb=progress.peak_rss_mb,
             parity=pairs,
             notes=tuple(notes),
+            frontier=plan.frontier,
             asked=asked(plan.request),
             weights=rows_of(checkpoint, optimized.errors),
             environment=environment(),

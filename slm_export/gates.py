@@ -19,8 +19,9 @@ SPEED = (
     "min_prefill_tokens_per_s",
     "max_time_to_first_token_ms",
     "max_latency_ms",
+    "max_model_rss_mb",
 )
-"""Thresholds of what is measured on the clock."""
+"""Thresholds of what is measured while an artifact runs: on the clock, and of memory."""
 
 
 class Gates(BaseModel):
@@ -53,6 +54,7 @@ class Gates(BaseModel):
     min_prefill_tokens_per_s: float | None = Field(default=None, gt=0)
     max_time_to_first_token_ms: float | None = Field(default=None, gt=0)
     max_latency_ms: float | None = Field(default=None, gt=0)
+    max_model_rss_mb: float | None = Field(default=None, gt=0)
     # the share of multiply-adds that fast kernels take, or that a preferred unit is predicted to take
     min_accelerated: float | None = Field(default=None, ge=0, le=1)
 

@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from slm_export.budget import Budget, parse_bytes
+from slm_export.errors import InputError
 from slm_export.gates import Gates
 from slm_export.profile import FormatName, TargetName
 from slm_export.tomlfile import read_model
@@ -48,6 +50,12 @@ class Settings(BaseModel):
     eval_text: Path | None = None
     calibration: Path | None = None
     out: Path | None = None
+    max_size: Text | None = None
+    """As ``--max-size``: 600MB, 0.6GB, 572MiB."""
+    max_memory: Text | None = None
+    min_tokens_per_s: float | None = Field(default=None, gt=0)
+    max_perplexity_ratio: float | None = Field(default=None, gt=1)
+    min_cosine: float | None = Field(default=None, gt=0, lt=1)
     gates: Gates = Field(default_factory=lambda: Gates.model_validate({}))
 
     @field_validator("formats")
@@ -57,6 +65,24 @@ class Settings(BaseModel):
             if name in (formats or ())[:index]:
                 raise ValueError(f"'{name}' is listed twice")
         return formats
+
+    @field_validator("max_size", "max_memory")
+    @classmethod
+    def _a_size(cls, text: str | None) -> str | None:
+        if text is not None:
+            try:
+                parse_bytes(text, "")
+            except InputError as error:
+                raise ValueError(str(error).removeprefix(": ")) from None
+        return text
+
+    def budget(self) -> Budget:
+        """Return the limits that a recipe is searched for."""
+        size, memory = (
+            None if text is None else parse_bytes(text, FILE_NAME)
+            for text in (self.max_size, self.max_memory)
+        )
+        return Budget(size, memory, self.min_tokens_per_s, self.max_perplexity_ratio, self.min_cosine)
 
     @field_validator("eval_text", "calibration", "out", mode="before")
     @classmethod
