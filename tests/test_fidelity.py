@@ -14,6 +14,7 @@ from slm_export import fidelity
 from slm_export.checkpoint import Checkpoint
 from slm_export.evaltext import load_documents
 from slm_export.exporters.executorch_dialect import xnnpack_rounding
+from slm_export.fidelity.examples import SHOWN
 from slm_export.fidelity.greedy import judge_greedy
 from slm_export.fidelity.judging import checks_of
 from slm_export.gates import Gates
@@ -137,11 +138,17 @@ def test_an_artifact_of_other_weights_fails_where_it_parts(
 ) -> None:
     wrong = damaged(quantized, "model.layers.3.mlp.down_proj.weight")
     session = TorchSession(wrong, lowered=True)
-    _, checks = judged(source, quantized, session, tokenizer, monkeypatch)
+    quality, checks = judged(source, quantized, session, tokenizer, monkeypatch)
     failed = {name for name, check in checks.items() if not check.passed}
     assert failed >= {"kl_mean", "top1_agreement", "perplexity_ratio", "lowering_kl_mean"}
     assert "the source prefers" in checks["kl_mean"].detail
     assert "logits are" in checks["lowering_kl_mean"].detail
+    shown = [example for example in quality.examples if example.where == "held-out text"]
+    assert len(shown) == 4 < SHOWN  # one of each window
+    assert shown[0].kl == pytest.approx(quality.kl_max)
+    assert [one.kl for one in shown] == sorted((one.kl for one in shown), reverse=True)
+    text = " ".join(DOCUMENTS)
+    assert all(one.before + one.after in text for one in shown)
 
 
 def test_a_fault_at_late_positions_only_is_seen(
@@ -217,6 +224,19 @@ def test_a_loop_of_the_source_itself_is_no_fault(tokenizer: SourceTokenizer) -> 
     )
     assert all(check.passed for check in found.checks)
     assert found.agreement == 1
+    assert found.examples == ()
+
+
+def test_the_first_difference_of_a_text_is_shown_with_both_sides(tokenizer: SourceTokenizer) -> None:
+    windows = [tuple(range(40, 70))]
+    session = ScriptSession({**COUNTING, 60: 100})
+    found = judge_greedy(Script(COUNTING), session, tokenizer, windows, lambda count, note: None)
+    (example,) = found.examples
+    assert example.before == tokenizer.decode(range(40, 61))
+    assert (example.source, example.artifact) == (tokenizer.decode([61]), tokenizer.decode([100]))
+    assert example.after == tokenizer.decode(range(101, 113))
+    assert example.source_probability == pytest.approx(1, abs=1e-4)
+    assert example.artifact_probability == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize(("named", "passed"), [((1,), True), ((2,), False), ((), False)])

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slm_export.details import Furthest
 from slm_export.dialect import Rounding
+from slm_export.fidelity.examples import SHOWN
 from slm_export.fidelity.judging import checks_of
 from slm_export.fidelity.references import References
 from slm_export.gates import Gates
@@ -21,6 +23,10 @@ from slm_export.tokenizer import SourceTokenizer
 
 PADDING = 7
 """Padding tokens behind every fourth input: a mask that is not honoured shows in the figures."""
+
+
+LONGEST_SHOWN = 200
+"""Characters of a text that a report shows."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ def _embeddings(compared: Sequence[_Compared], gates: Gates) -> tuple[EmbeddingQ
         sentences=len(compared),
         worst_sentence=worst,
         lowering_max_abs=max(one.lowering for one in compared),
+        examples=_furthest(compared, cosines, smallest=True),
     )
     detail = f"furthest from the source on {worst[:120]!r}"
     return quality, checks_of(quality, gates, dict.fromkeys(("cosine_min", "cosine_mean"), detail))
@@ -111,6 +118,14 @@ def _scores(compared: Sequence[_Compared], gates: Gates) -> tuple[ScoreQuality, 
         max_abs=max(apart),
         sentences=len(compared),
         lowering_max_abs=max(one.lowering for one in compared),
+        examples=_furthest(compared, apart, smallest=False),
     )
     detail = f"scores are furthest apart on {worst[:120]!r}"
     return quality, checks_of(quality, gates, dict.fromkeys(("agreement", "max_abs"), detail))
+
+
+def _furthest(
+    compared: Sequence[_Compared], values: Sequence[float], *, smallest: bool
+) -> tuple[Furthest, ...]:
+    ranked = sorted(zip(values, compared, strict=True), key=lambda pair: pair[0], reverse=not smallest)
+    return tuple(Furthest(one.text[:LONGEST_SHOWN], value) for value, one in ranked[:SHOWN])

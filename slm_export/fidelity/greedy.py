@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from slm_export.details import Divergence
+from slm_export.fidelity.examples import own_text
 from slm_export.results import Check
 from slm_export.runtime import DecoderSession
 from slm_export.tokenizer import SourceTokenizer
@@ -39,6 +41,8 @@ class Greedy:
     text: str | None
     detail: str
     checks: tuple[Check, ...]
+    examples: tuple[Divergence, ...]
+    """The first difference of each text that has one."""
 
 
 def judge_greedy(
@@ -52,13 +56,16 @@ def judge_greedy(
     advance(0, "the artifact writes")
     room = session.context - NEW_TOKENS
     prompts = [window[: max(1, min(PROMPT_TOKENS, room, len(window) // 2))] for window in windows[:PROMPTS]]
-    written = [_write(session, prompt, tokenizer.stop_ids) for prompt in prompts]
+    texts = [_write(session, prompt, tokenizer.stop_ids) for prompt in prompts]
+    written = [tokens for tokens, _ in texts]
     agrees: list[Tensor] = []
+    examples = []
     loop, stop = "", ""
-    for prompt, tokens in zip(prompts, written, strict=True):
+    for prompt, (tokens, sure) in zip(prompts, texts, strict=True):
         logits = _judgement(source, prompt, tokens)
         agree = logits.argmax(-1) == torch.tensor(tokens)
         agrees.append(agree)
+        examples.append(own_text(prompt, tokens, agree, logits, sure, tokenizer))
         loop = loop or _needless_loop(tokens, agree, tokenizer)
         stop = stop or _wrong_stop(tokens, logits, tokenizer)
     agreement = torch.cat(agrees).to(torch.float32).mean().item()
@@ -75,19 +82,24 @@ def judge_greedy(
                 "stopping", not stop, stop or "the artifact stops where the source is sure, and nowhere else"
             ),
         ),
+        examples=tuple(example for example in examples if example),
     )
 
 
-def _write(session: DecoderSession, prompt: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
-    """Return up to NEW_TOKENS greedy tokens, a stop token included."""
+def _write(
+    session: DecoderSession, prompt: Sequence[int], stop_ids: Sequence[int]
+) -> tuple[list[int], list[float]]:
+    """Return up to NEW_TOKENS greedy tokens, a stop token included, and the probability of each."""
     logits = session.logits(prompt, 0)
     tokens: list[int] = []
+    sure: list[float] = []
     while len(prompt) + len(tokens) < session.context and len(tokens) < NEW_TOKENS:
         tokens.append(int(logits.argmax()))
+        sure.append(float(logits.softmax(-1)[tokens[-1]]))
         if tokens[-1] in stop_ids:
             break
         logits = session.logits([tokens[-1]], len(prompt) + len(tokens) - 1)
-    return tokens
+    return tokens, sure
 
 
 def _judgement(source: nn.Module, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:

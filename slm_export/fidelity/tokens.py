@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slm_export.details import Divergence
 from slm_export.dialect import Rounding
 from slm_export.evaltext import token_windows
+from slm_export.fidelity import examples
 from slm_export.fidelity.greedy import Greedy, judge_greedy
 from slm_export.fidelity.judging import checks_of
 from slm_export.fidelity.references import References
@@ -50,6 +52,7 @@ class _Sums:
     worst_kl: float = -1.0
     worst: str = ""
     worst_lowering: str = ""
+    examples: list[Divergence] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -140,6 +143,7 @@ def _score(
     following = torch.tensor(window[1:], dtype=torch.int64).unsqueeze(1)
     sums.source_nll.append(-source_log[:-1].gather(1, following).squeeze(1))
     sums.nll.append(-artifact_log[:-1].gather(1, following).squeeze(1))
+    sums.examples.append(examples.furthest_in(window, kl, source, decoded, tokenizer))
     if (largest := kl.max().item()) > sums.worst_kl or math.isnan(largest):
         sums.worst_kl = largest
         sums.worst = _where(int(kl.argmax()), window, source, decoded, tokenizer)
@@ -211,6 +215,7 @@ def _quality(sums: _Sums, greedy: Greedy) -> TokenQuality:
         greedy_agreement=greedy.agreement,
         greedy_first_difference=greedy.first_difference,
         greedy_text=greedy.text,
+        examples=(*examples.worst(sums.examples), *greedy.examples),
     )
 
 
