@@ -6,7 +6,6 @@ import dataclasses
 import math
 import shlex
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -193,26 +192,6 @@ def _print_speed(console: Console, result: FormatResult) -> None:
 
 def to_html(report: Report) -> str:
     """Return one self-contained page: no script, no request to anywhere, readable on a phone."""
-    from jinja2 import Environment, StrictUndefined
+    from slm_export.page.report_page import report_page
 
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = files("slm_export").joinpath("data").joinpath("report.html.j2").read_text(encoding="utf-8")
-    page = environment.from_string(source)
-    return page.render(
-        report=report, words=words, size_bars=_size_bars(report), stage_bars=_stage_bars(report)
-    )
-
-
-def _size_bars(report: Report) -> list[tuple[str, str, float]]:
-    sizes = [("source", report.model.source_bytes)]
-    sizes += [(f"after {row.name}", row.bytes_after) for row in report.passes]
-    sizes += [(result.artifact.format, result.artifact.bytes) for result in report.formats]
-    largest = max(size for _, size in sizes) or 1
-    return [(name, words.megabytes(size), 100 * size / largest) for name, size in sizes]
-
-
-def _stage_bars(report: Report) -> list[tuple[str, str, float]]:
-    longest = max(report.stages.values(), default=0.0) or 1.0
-    return [(name, words.seconds(value), 100 * value / longest) for name, value in report.stages.items()]
+    return report_page(report)

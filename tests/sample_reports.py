@@ -6,15 +6,18 @@ import dataclasses
 from pathlib import Path
 
 from slm_export.bundle import sha256_file, size_of, staged, write_documents
+from slm_export.details import Divergence, FrontierPoint, PredictedPhase, Prediction, WeightRow
 from slm_export.gates import Gates
 from slm_export.results import (
     Artifact,
     Check,
+    Delegation,
     EmbeddingQuality,
     EncoderLatency,
     FormatResult,
     Latency,
     ModelFacts,
+    Pair,
     PassRow,
     Quality,
     Report,
@@ -118,6 +121,82 @@ def encoder_report(artifact: Artifact) -> Report:
         latency=EncoderLatency("host CPU", 2, 30, 64, 12.0, {"p50": 14.1, "p90": 15.2, "p99": 19.9}, 200.0),
         checks=(Check("cosine_mean", True, "over 200 sentences", 0.995, 0.98),),
     )
+
+
+def full_report(artifact: Artifact, *, second: Artifact) -> Report:
+    """Return a report with everything that a page can show: two formats, prediction, roofline, frontier."""
+    report = decoder_report(artifact)
+    (one,) = report.formats
+    assert isinstance(one.quality, TokenQuality)
+    assert isinstance(one.latency, TokenLatency)
+    one = dataclasses.replace(
+        one,
+        quality=dataclasses.replace(one.quality, examples=EXAMPLES),
+        delegation=Delegation("XNNPACK", "decode", 320, 301, 10**7, 10**7, {"CAST": 1, "RESHAPE": 3}),
+        prediction=Prediction(
+            "OnePlus 12",
+            6e10,
+            4e11,
+            (
+                PredictedPhase("decode", 1.1e7, 6e6, 1e-4, 2.5e-3),
+                PredictedPhase("prefill of 128 tokens", 1.4e9, 6.5e6, 3.5e-3, 7.1e-2),
+            ),
+            "bandwidth from the device profile, operations measured",
+        ),
+    )
+    other = dataclasses.replace(one, artifact=second, prediction=None, delegation=None)
+    return dataclasses.replace(
+        report,
+        formats=(one, other),
+        parity=(Pair(("executorch", "onnx"), 43, (), 128, 0.23, 0.99, 2.6e-4, None, None, 11, 48),),
+        asked={"bits": 4, "formats": ["executorch", "onnx"], "gates": {"max_kl_mean": 0.05}},
+        weights=weight_rows(),
+        frontier=FRONTIER,
+        environment={"processor": "Some CPU", "cores": "2", "memory": "8.0 GiB"},
+        held_out=SHA,
+    )
+
+
+EXAMPLES = (
+    Divergence("held-out text", "def area(r):\n    return", " 3", 0.61, " math", 0.55, 1.25, " 3.14 * r"),
+    Divergence("the artifact's own text", "for item in", " items", 0.5, " range", 0.45, None, "(10):"),
+)
+FRONTIER = (
+    FrontierPoint("4 bits throughout", 3_100_000, 1.031, 1.034),
+    FrontierPoint("5.0 bits", 3_600_000, 1.012, 1.013, chosen=True),
+    FrontierPoint("6.1 bits", 4_400_000, 1.006),
+    FrontierPoint("8 bits throughout", 5_900_000, 1.002, 1.003),
+)
+
+
+def weight_rows(layers: int = 8) -> tuple[WeightRow, ...]:
+    """Return the weights of a small Llama."""
+    shapes = {
+        "self_attn.q_proj": (65_536, 4),
+        "self_attn.k_proj": (32_768, 8),
+        "mlp.up_proj": (180_000, 4),
+        "mlp.down_proj": (180_000, 4),
+        "input_layernorm": (256, 32),
+    }
+    rows = [
+        WeightRow(
+            "model.embed_tokens.weight",
+            "embedding",
+            None,
+            "model.embed_tokens",
+            1_048_576,
+            8,
+            1_050_000,
+            5e-5,
+        )
+    ]
+    for layer in range(layers):
+        for at, (part, (values, bits)) in enumerate(shapes.items()):
+            error = None if bits == 32 else 0.004 * (1 + 0.3 * layer) / (1 + at)
+            role = "other" if bits == 32 else "linear"
+            name = f"model.layers.{layer}.{part}.weight"
+            rows.append(WeightRow(name, role, layer, part, values, bits, values * bits // 8, error))
+    return (*rows, WeightRow("model.norm.weight", "other", None, "model.norm", 256, 32, 1024))
 
 
 def unverified(report: Report) -> Report:

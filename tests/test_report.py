@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from sample_reports import artifact_of, decoder_report, encoder_report, fill, unverified
+from sample_reports import artifact_of, decoder_report, encoder_report, fill, full_report, unverified
 
 from slm_export import words
+from slm_export.details import Divergence, FrontierPoint, WeightRow
 from slm_export.report import bundled, next_commands, print_report, to_html, to_json
 from slm_export.results import Artifact, Check, Report, TokenQuality
 
@@ -26,13 +27,14 @@ def artifact(tmp_path: Path) -> Artifact:
     return artifact_of(fill(tmp_path))
 
 
-@pytest.fixture(params=["decoder", "encoder", "unverified", "failed", "bare"])
+@pytest.fixture(params=["decoder", "encoder", "unverified", "failed", "bare", "full"])
 def report(request: pytest.FixtureRequest, artifact: Artifact, tmp_path: Path) -> Report:
     report = {
         "decoder": decoder_report(artifact),
         "encoder": encoder_report(artifact),
         "unverified": unverified(decoder_report(artifact)),
         "failed": decoder_report(artifact, kl_mean=0.5),
+        "full": full_report(artifact, second=dataclasses.replace(artifact, format="onnx")),
         "bare": dataclasses.replace(
             unverified(decoder_report(artifact)), passes=(), stages={}, notes=(), toolchain={}
         ),
@@ -49,7 +51,7 @@ def printed(report: Report, width: int = 100, out: Path = Path("out")) -> str:
 class Page(HTMLParser):
     """Collects the elements, the attributes and the text of a page, and its open elements."""
 
-    VOID = frozenset({"meta", "br"})
+    VOID = frozenset({"meta", "br", "wbr"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -183,8 +185,10 @@ def test_the_page_is_well_formed_and_shows_the_figures(report: Report) -> None:
 def test_the_page_asks_nobody_for_anything(report: Report) -> None:
     text = to_html(report)
     page = Page(text)
-    assert not page.tags & {"script", "link", "img", "iframe", "object", "form", "a"}
-    assert not {name for name, _ in page.attributes} & {"src", "href", "style"}
+    assert not page.tags & {"script", "link", "img", "iframe", "object", "form"}
+    assert not {name for name, _ in page.attributes} & {"src", "style"}
+    anchors = {value for name, value in page.attributes if name == "id"}
+    assert {value for name, value in page.attributes if name == "href"} == {f"#{name}" for name in anchors}
     assert not re.search(r"https?:|url\(|@import", text)
     assert "prefers-color-scheme: dark" in text
     assert "width=device-width" in text
@@ -208,19 +212,26 @@ def hostile(report: Report) -> Report:
         formats=(
             dataclasses.replace(
                 result,
-                quality=TokenQuality(greedy_text=HOSTILE),
+                quality=TokenQuality(
+                    greedy_text=HOSTILE,
+                    examples=(Divergence(HOSTILE, HOSTILE, HOSTILE, 0.5, HOSTILE, 0.5, 1.0, HOSTILE),),
+                ),
                 checks=(Check(HOSTILE, False, HOSTILE, 1.0, 0.5),),
             ),
         ),
         notes=(HOSTILE,),
         stages={HOSTILE: 1.0},
+        asked={HOSTILE: HOSTILE},
+        environment={HOSTILE: HOSTILE},
+        weights=(WeightRow(HOSTILE, "linear", 0, HOSTILE, 8, 8, 8, 0.1),),
+        frontier=(FrontierPoint(HOSTILE, 8, 1.1, 1.2, chosen=True),),
     )
 
 
 def test_no_text_of_a_model_becomes_part_of_the_page(artifact: Artifact) -> None:
     page = Page(to_html(hostile(decoder_report(artifact))))
     assert "script" not in page.tags
-    assert page.text.count("<script>alert('x')</script>") >= 9
+    assert page.text.count("<script>alert('x')</script>") >= 20
     assert page.open == []
 
 
@@ -231,7 +242,7 @@ def test_no_text_of_a_model_reaches_the_terminal_raw(artifact: Artifact) -> None
 @pytest.mark.parametrize("bits", [None, 5.25])
 def test_bars_are_in_proportion(artifact: Artifact, bits: float | None) -> None:
     report = decoder_report(dataclasses.replace(artifact, bytes=11_000_000, bits_per_weight=bits))
-    widths = [float(value) for value in re.findall(r'<rect width="([\d.]+)"', to_html(report))]
+    widths = [float(value) for value in re.findall(r'<rect class="bar" width="([\d.]+)"', to_html(report))]
     assert widths[:3] == pytest.approx([100.0, 100 * 3.6 / 22, 50.0], abs=0.01)
 
 
