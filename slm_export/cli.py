@@ -34,6 +34,16 @@ _CALIBRATION = click.option(
 )
 
 
+def _token_counts(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Return the counts of ``128,512``."""
+    if value is None:
+        return None
+    parts = value.split(",")
+    if not all(part.isdecimal() and part.isascii() for part in parts):
+        raise click.BadParameter(f"'{value}' is no list of token counts; write them as 128,512", ctx, param)
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
 class _DefaultCommand(click.Group):
     """``slm-export MODEL --target android`` means ``slm-export export MODEL --target android``."""
 
@@ -164,6 +174,55 @@ def verify(
     from slm_export.commands import verify_command
 
     verify_command(bundle, source, eval_text, calibration, as_json)
+
+
+@cli.command()
+@click.argument("artifact", metavar="BUNDLE|FILE", type=click.Path(path_type=Path))
+@click.option(
+    "--on",
+    type=click.Choice(["host", "adb", "ssh", "devicectl"]),
+    default="host",
+    show_default=True,
+    help="This machine, an Android device, a board, or an Apple device.",
+)
+@click.option("--device", metavar="SERIAL|HOST", help="Which one, where there are several.")
+@click.option("--format", "format", help="Which artifact of the bundle. [default: the first]")
+@click.option("--runs", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="[default: as many as cores; on a device: 4]")
+@click.option(
+    "--prefill",
+    metavar="N,N,...",
+    callback=_token_counts,
+    help="Lengths of prompts. [default: 128,512, as far as they fit]",
+)
+@click.option(
+    "--depth",
+    metavar="N,N,...",
+    callback=_token_counts,
+    help="Tokens in the context before decoding. [default: 0,128,512]",
+)
+@click.option(
+    "--sustained",
+    type=click.FloatRange(min=0),
+    default=0,
+    metavar="SECONDS",
+    help="Generate for so long, too.",
+)
+@click.option(
+    "--compare",
+    multiple=True,
+    metavar="OTHER",
+    type=click.Path(path_type=Path),
+    help="Beside it, taking turns: another bundle, .pte, .litertlm, .tflite, .onnx or .gguf; may be repeated.",
+)
+@click.option("--runner", metavar="PATH", help="The vendor's program for the device (docs/bench.md).")
+@_JSON
+def bench(as_json: bool, **options: Any) -> None:
+    """Measure how fast an artifact loads, reads and writes, with medians and their spread."""
+    from slm_export.bench.command import BenchRequest
+    from slm_export.commands import bench_command
+
+    bench_command(BenchRequest(sustained_s=options.pop("sustained"), **options), as_json)
 
 
 @cli.command()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -20,6 +20,9 @@ from slm_export.profile import load_profile, shipped_profiles
 from slm_export.progress import Progress, StderrConsole
 from slm_export.tasks import GENERATION
 from slm_export.words import figure, limit, printable
+
+if TYPE_CHECKING:
+    from slm_export.bench.command import BenchRequest
 
 
 def export_command(request: Request, as_json: bool) -> None:
@@ -128,6 +131,19 @@ def _print_answer(answered: dict[str, Any], as_json: bool) -> None:
         _print_json(answered)
     else:
         print("\n".join(lines(answered)))
+
+
+def bench_command(request: BenchRequest, as_json: bool) -> None:
+    """Measure an artifact, then print the table."""
+    with _working() as progress:
+        from slm_export.bench.command import bench
+        from slm_export.bench.show import print_measurements, to_json
+
+        found = bench(request, progress)
+    if as_json:
+        _print_json(to_json(found))
+    else:
+        print_measurements(_stdout(), found)
 
 
 def devices_command(name: str | None, as_json: bool) -> None:

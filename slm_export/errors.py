@@ -48,6 +48,11 @@ class MachineError(SlmExportError):
     exit_code = 4
 
 
+def known_errors() -> dict[str, type[SlmExportError]]:
+    """Return the errors of this module by name."""
+    return {cls.__name__: cls for cls in SlmExportError.__subclasses__()}
+
+
 @contextmanager
 def needs(format: str, packages: str) -> Iterator[None]:
     """Turn the import of a package that is not installed into what to install; a mistake of ours stays one."""

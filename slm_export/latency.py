@@ -69,13 +69,8 @@ def _time_decoder(session: DecoderSession) -> dict[str, Any]:
     """Time prompts and single steps; the first round warms up and is not counted."""
     prompt_tokens = min(PROMPT_TOKENS, session.prefill_chunk, session.context // 2)
     decode_tokens = min(DECODE_TOKENS, session.context - prompt_tokens)
-    prefill, decode = [], []
-    for _ in range(RUNS + 1):
-        prefill.append(_seconds(lambda: session.logits([1] * prompt_tokens, 0)))
-        began = time.perf_counter()
-        for at in range(decode_tokens):
-            session.logits([1], prompt_tokens + at)
-        decode.append(time.perf_counter() - began)
+    turns = [timed_turn(session, prompt_tokens, decode_tokens) for _ in range(RUNS + 1)]
+    prefill, decode = [turn[0] for turn in turns], [turn[1] for turn in turns]
     return {
         "runs": RUNS,
         "prefill_tokens": prompt_tokens,
@@ -88,7 +83,7 @@ def _time_decoder(session: DecoderSession) -> dict[str, Any]:
 def _time_encoder(session: EncoderSession) -> dict[str, Any]:
     tokens = min(PROMPT_TOKENS, session.context)
     ids, mask = [1] * tokens, [1] * tokens
-    times = sorted([_seconds(lambda: session.outputs(ids, mask)) for _ in range(ENCODER_RUNS + 5)][5:])
+    times = sorted([seconds_of(lambda: session.outputs(ids, mask)) for _ in range(ENCODER_RUNS + 5)][5:])
     shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
     at = {name: times[min(ENCODER_RUNS - 1, int(share * ENCODER_RUNS))] for name, share in shares.items()}
     return {
@@ -98,7 +93,17 @@ def _time_encoder(session: EncoderSession) -> dict[str, Any]:
     }
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def timed_turn(session: DecoderSession, prompt: int, generated: int) -> tuple[float, float]:
+    """Read a prompt into an empty context, then generate; return the seconds of both."""
+    read = seconds_of(lambda: session.logits([1] * prompt, 0))
+    began = time.perf_counter()
+    for at in range(generated):
+        session.logits([1], prompt + at)
+    return read, time.perf_counter() - began
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Return how long a call takes."""
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
