@@ -23,7 +23,7 @@ from slm_export.exporters.coreml_graph import (
     trace_encoder,
 )
 from slm_export.exporters.coreml_writer import PackageWriter
-from slm_export.provenance import licence_of
+from slm_export.provenance import author_of, licence_of
 from slm_export.results import Signature
 from slm_export.runtime import ExportOptions
 from slm_export.tasks import CLASSIFICATION, TOKENS, output_shape
@@ -194,5 +194,5 @@ def _metadata(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, str]:
 def _facts(checkpoint: Checkpoint) -> dict[str, str]:
     """Return what Xcode shows of a model."""
     facts = {"shortDescription": f"{checkpoint.name} ({checkpoint.task})", "versionString": "1"}
-    licence = licence_of(checkpoint)
-    return facts | ({"license": licence} if licence else {})
+    known = {"author": author_of(checkpoint), "license": licence_of(checkpoint)}
+    return facts | {key: value for key, value in known.items() if value}

@@ -81,9 +81,25 @@ def runtime_facts(
 
 def licence_of(source: Checkpoint) -> str | None:
     """Return the licence that a model card's front matter names."""
+    found = re.search(r"^license: *['\"]?([\w.+-]+)", _front_matter(source), re.MULTILINE)
+    return found[1] if found else None
+
+
+def author_of(source: Checkpoint) -> str | None:
+    """Return who made the model, as its configuration or its card's front matter says: a name, or several in a list."""
+    for key in ("authors", "author"):
+        if said := getattr(source.config, key, None):
+            return ", ".join(map(str, said)) if isinstance(said, list | tuple) else str(said)
+    found = re.search(r"^authors?: *(.*(?:\n *- .*)*)", _front_matter(source), re.MULTILINE)
+    # A text, [a, b], or a line for each that begins with a dash.
+    names = re.split(r"\n *- |,", found[1].strip(" []")) if found else []
+    return ", ".join(name for part in names if (name := part.strip(" '\""))) or None
+
+
+def _front_matter(source: Checkpoint) -> str:
+    """Return the YAML between two lines of dashes that a model card begins with."""
     card = source.folder / "README.md"
     if not card.is_file():
-        return None
-    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    found = re.search(r"^license: *['\"]?([\w.+-]+)", front[1], re.MULTILINE) if front else None
-    return found[1] if found else None
+        return ""
+    found = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    return found[1] if found else ""

@@ -1,0 +1,43 @@
+"""What is read of a model's author and licence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from checkpoints import checkpoint
+
+from slm_export.provenance import author_of, licence_of
+
+
+@pytest.mark.parametrize(
+    ("front", "author"),
+    [
+        ("author: Ada Lovelace", "Ada Lovelace"),
+        ("license: mit\nauthors: ['Ada', \"Bob\"]\ntags: []", "Ada, Bob"),
+        ("authors:\n  - Ada Lovelace\n  - Bob\nlicense: mit", "Ada Lovelace, Bob"),
+        ("authors:\n- Ada\n- 'Bob'", "Ada, Bob"),
+        ("author:\nlicense: mit", None),
+        ("license: mit", None),
+        ("tags:\n- author: none", None),
+    ],
+)
+def test_the_author_is_whom_the_card_names(front: str, author: str | None, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\nauthor: not in the front matter\n")
+    source = replace(checkpoint({}), folder=tmp_path)
+    assert author_of(source) == author
+    assert licence_of(source) == ("mit" if "license" in front else None)
+
+
+def test_the_configuration_goes_first(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nauthor: card\n---\n")
+    source = replace(checkpoint({}), folder=tmp_path, config=SimpleNamespace(author="config"))
+    assert author_of(source) == "config"
+    assert author_of(replace(source, config=SimpleNamespace(authors=["a", "b"]))) == "a, b"
+
+
+def test_without_a_card_nobody_is_named(tmp_path: Path) -> None:
+    source = replace(checkpoint({}), folder=tmp_path)
+    assert (author_of(source), licence_of(source)) == (None, None)
