@@ -80,12 +80,13 @@ class Budget:
 
     def check(self) -> None:
         """Raise InputError for a limit that nothing can meet, whatever the model."""
-        if self.max_perplexity_ratio is not None and self.max_perplexity_ratio <= 1:
+        # Written so that NaN is refused.
+        if self.max_perplexity_ratio is not None and not self.max_perplexity_ratio > 1:
             raise InputError(
                 f"--max-perplexity-ratio {self.max_perplexity_ratio:g}: quantizing makes no model better, so the ratio "
                 "must be above 1, such as 1.01"
             )
         if self.min_cosine is not None and not 0 < self.min_cosine < 1:
             raise InputError(f"--min-cosine {self.min_cosine:g}: must be between 0 and 1, such as 0.99")
-        if self.min_tokens_per_s is not None and self.min_tokens_per_s <= 0:
+        if self.min_tokens_per_s is not None and not self.min_tokens_per_s > 0:
             raise InputError(f"--min-tokens-per-s {self.min_tokens_per_s:g}: must be above 0")

@@ -8,6 +8,7 @@ measured as soon as something has been.
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -30,26 +31,29 @@ class Format:
     group_scale: int
     """A scale of a group of int4 columns."""
     row_scale: int
-    """What a row of an int8 layer has beside its codes."""
+    """What a row of an int8 layer has beside its codes: scale, and zero point or sum of the row."""
     table_scale: int
     """The same of a table that is looked up. A vocabulary that is tied to its head has both, at both widths."""
     vector: int
     """A value of a norm or a bias."""
+    int4: int
+    """What the program needs more for a matrix of int4, and for one of int8."""
+    int8: int
     program: int
     """The file around the weights, and of each block."""
     block: int
     tokenizer: bool
-    """Whether the file carries the tokenizer."""
+    """Whether the file carries the tokenizer, compressed."""
     memory: float
     """Bytes of memory for a byte of the file, and for a model of no size (MiB), of the runtime on the host."""
     runtime_mb: float
 
 
 FORMATS: Mapping[str, Format] = {
-    "executorch": Format(2, 4, 4, 4, 20_000, 11_000, False, 1.45, 15),
-    "litert": Format(2, 4, 0, 4, 40_000, 16_000, True, 1.45, 30),
-    "onnx": Format(4, 8, 0, 4, 10_000, 7_000, False, 1.6, 30),
-    "coreml": Format(2, 2, 0, 2, 40_000, 60_000, False, 1.0, 0),
+    "executorch": Format(2, 4, 4, 4, 0, 0, 20_000, 11_000, False, 1.45, 15),
+    "litert": Format(2, 12, 0, 4, 350, 0, 40_000, 21_400, True, 1.45, 30),
+    "onnx": Format(4, 8, 0, 4, 0, 1_250, 10_000, 4_000, False, 1.6, 30),
+    "coreml": Format(2, 2, 0, 2, 0, 0, 40_000, 60_000, False, 1.0, 0),
 }
 
 
@@ -66,9 +70,9 @@ def encoded(checkpoint: Checkpoint, options: Options, format: str) -> Bytes:
         if choice.bits == 8:
             row = known.table_scale or known.row_scale if looked_up else known.row_scale
             both = known.table_scale + known.row_scale
-            return count + shape[0] * (both if name in tied else row)
+            return count + shape[0] * (both if name in tied else row) + known.int8
         twice = 2 if name in tied and known.table_scale else 1
-        return count // 2 + twice * known.group_scale * (count // choice.group)
+        return count // 2 + twice * known.group_scale * (count // choice.group) + known.int4
 
     return {name: {choice: of(name, choice) for choice in choices} for name, choices in options.items()}
 
@@ -82,7 +86,8 @@ def program_bytes(checkpoint: Checkpoint, options: Options, format: str) -> floa
         if name not in options
     )
     tokenizer = checkpoint.folder / "tokenizer.json"
-    carried = tokenizer.stat().st_size if known.tokenizer and checkpoint.task == GENERATION else 0
+    carries = known.tokenizer and checkpoint.task == GENERATION and tokenizer.is_file()
+    carried = len(zlib.compress(tokenizer.read_bytes())) if carries else 0
     return rest + known.program + known.block * blocks(checkpoint) + carried
 
 
