@@ -155,12 +155,12 @@ def _word_piece(model: Mapping[str, Any]) -> Spelling:
     parts = {}
     for text, token in ids.items():
         inside = text.startswith(prefix) and text != prefix
-        if found := _longest(text.removeprefix(prefix) if inside else text, inside, text, prefix, ids):
+        if found := longest_pieces(text.removeprefix(prefix) if inside else text, inside, text, prefix, ids):
             parts[token] = found
     return Spelling(ids, parts, derived=False)
 
 
-def _longest(
+def longest_pieces(
     text: str, inside: bool, without: str, prefix: str, ids: Mapping[str, int]
 ) -> tuple[int, ...] | None:
     """Return the longest pieces of a text, one after the other; None where they do not cover it."""

@@ -220,6 +220,7 @@ def quality_texts(result: FormatResult) -> list[tuple[str, str]]:
 def _quality_items(result: FormatResult) -> list[tuple[str, float | str | None]]:
     if result.quality is None:
         return []
-    texts = ("greedy_text", "worst_sentence")
+    # What there is of some models alone is left out where it is not.
+    optional = ("greedy_text", "worst_sentence", "shared_places", "lacking_mass", "tokens_ratio")
     items = [item for item in dataclasses.asdict(result.quality).items() if item[0] != "examples"]
-    return [(name, value) for name, value in items if value is not None or name not in texts]
+    return [(name, value) for name, value in items if value is not None or name not in optional]

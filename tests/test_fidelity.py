@@ -17,6 +17,7 @@ from slm_export.exporters.executorch_dialect import xnnpack_rounding
 from slm_export.fidelity.examples import SHOWN
 from slm_export.fidelity.greedy import judge_greedy
 from slm_export.fidelity.judging import checks_of
+from slm_export.fidelity.vocabularies import OneVocabulary, Passage
 from slm_export.gates import Gates
 from slm_export.load import load_checkpoint
 from slm_export.model import build_reference
@@ -188,6 +189,11 @@ class ScriptSession(TorchSession):
 COUNTING = {token: token + 1 for token in range(10, 290)}
 
 
+def counted(start: int, end: int) -> Passage:
+    window = tuple(range(start, end))
+    return Passage(window, window, tuple((i, i) for i in range(1, len(window) + 1)))
+
+
 @pytest.mark.parametrize(
     ("artifact", "failing"),
     [
@@ -200,17 +206,23 @@ COUNTING = {token: token + 1 for token in range(10, 290)}
 def test_loops_and_stops_are_judged_by_the_source(
     artifact: Mapping[int, int], failing: str, tokenizer: SourceTokenizer
 ) -> None:
-    windows = [tuple(range(10, 40))]
+    passages = [counted(10, 40)]
     found = judge_greedy(
-        Script(COUNTING), ScriptSession(artifact), tokenizer, windows, lambda count, note: None
+        Script(COUNTING),
+        ScriptSession(artifact),
+        OneVocabulary(tokenizer),
+        passages,
+        lambda count, note: None,
     )
     assert {check.name for check in found.checks if not check.passed} == ({failing} if failing else set())
 
 
 def test_a_missed_stop_is_noticed(tokenizer: SourceTokenizer) -> None:
-    windows = [tuple(range(10, 40))]
+    passages = [counted(10, 40)]
     source = Script({**COUNTING, 30: 1})
-    found = judge_greedy(source, ScriptSession(COUNTING), tokenizer, windows, lambda count, note: None)
+    found = judge_greedy(
+        source, ScriptSession(COUNTING), OneVocabulary(tokenizer), passages, lambda count, note: None
+    )
     stopping = next(check for check in found.checks if check.name == "stopping")
     assert not stopping.passed
     assert "goes on" in stopping.detail
@@ -218,9 +230,9 @@ def test_a_missed_stop_is_noticed(tokenizer: SourceTokenizer) -> None:
 
 def test_a_loop_of_the_source_itself_is_no_fault(tokenizer: SourceTokenizer) -> None:
     looping = {**COUNTING, 60: 50}
-    windows = [tuple(range(10, 40))]
+    passages = [counted(10, 40)]
     found = judge_greedy(
-        Script(looping), ScriptSession(looping), tokenizer, windows, lambda count, note: None
+        Script(looping), ScriptSession(looping), OneVocabulary(tokenizer), passages, lambda count, note: None
     )
     assert all(check.passed for check in found.checks)
     assert found.agreement == 1
@@ -228,9 +240,11 @@ def test_a_loop_of_the_source_itself_is_no_fault(tokenizer: SourceTokenizer) -> 
 
 
 def test_the_first_difference_of_a_text_is_shown_with_both_sides(tokenizer: SourceTokenizer) -> None:
-    windows = [tuple(range(40, 70))]
+    passages = [counted(40, 70)]
     session = ScriptSession({**COUNTING, 60: 100})
-    found = judge_greedy(Script(COUNTING), session, tokenizer, windows, lambda count, note: None)
+    found = judge_greedy(
+        Script(COUNTING), session, OneVocabulary(tokenizer), passages, lambda count, note: None
+    )
     (example,) = found.examples
     assert example.before == tokenizer.decode(range(40, 61))
     assert (example.source, example.artifact) == (tokenizer.decode([61]), tokenizer.decode([100]))

@@ -57,20 +57,34 @@ def judge_encoder(
     """Measure an encoder artifact and hold it against the thresholds.
 
     Given   the models that it was made from, the artifact open in its runtime, what that runtime does to activations;
-            texts of any length: what exceeds the artifact's longest input is cut
+            the artifact's tokenizer; texts of any length: what exceeds the artifact's longest input is cut
     """
     source, original = references.source, references.source_model
-    lowered = references.lowered_model(rounding)
+    lowered, theirs = references.lowered_model(rounding), references.vocabularies(tokenizer).source
     compared = []
     for index, text in enumerate(texts):
         question = texts[index - 1] if source.task == ANSWERING else None
-        inputs = _inputs(tokenizer, text, question, session.context, PADDING if index % 4 == 3 else 0)
-        tensors = [torch.tensor([values]) for values in inputs if values]
-        expected = references.kept(f"source-{index}", partial(_output, original, tensors))
-        outputs = (expected, lowered(*tensors)[0], session.outputs(*inputs))
+        padding = PADDING if index % 4 == 3 else 0
+        if theirs is not tokenizer:
+            text = _fitting(text, (theirs, tokenizer), session.context)
+        inputs = _inputs(tokenizer, text, question, session.context, padding)
+        own = inputs if theirs is tokenizer else _inputs(theirs, text, question, session.context, padding)
+        expected = references.kept(f"source-{index}", partial(_output, original, _tensors(own)))
+        outputs = (expected, lowered(*_tensors(inputs))[0], session.outputs(*inputs))
         compared.append(_Compared(text, *(rows(source.task, output, sum(inputs[1])) for output in outputs)))
         advance(1, "texts")
     return (_embeddings if source.task == EMBEDDING else _scores)(compared, gates)
+
+
+def _fitting(text: str, tokenizers: Sequence[SourceTokenizer], longest: int) -> str:
+    """Return the beginning of a text that neither tokenizer makes more than ``longest`` tokens of."""
+    while (count := max(len(one.encode_with_template(text)) for one in tokenizers)) > longest:
+        text = text[: len(text) * longest // count]
+    return text
+
+
+def _tensors(inputs: Sequence[Sequence[int]]) -> list[Tensor]:
+    return [torch.tensor([values]) for values in inputs if values]
 
 
 def _output(model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:

@@ -3,6 +3,10 @@
 A model this small loops now and then, in any precision, so that alone condemns nothing. The artifact writes;
 the source then reads that text and says at every step what it would have written. An artifact that
 loops where the source would have gone on, or misses a stop of which the source is sure, has been damaged.
+
+Where the artifact has fewer tokens than the source (see `vocabularies`), the source reads that text in its own. It
+would have written a token if that is the one it prefers among those that both have, or if it goes on spelling the one
+that it prefers among all.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from torch import Tensor, nn
 
 from slm_export.details import Divergence
 from slm_export.fidelity.examples import own_text
+from slm_export.fidelity.vocabularies import Passage, Vocabularies
 from slm_export.results import Check
 from slm_export.runtime import DecoderSession
 from slm_export.tokenizer import SourceTokenizer
@@ -45,29 +50,46 @@ class Greedy:
     """The first difference of each text that has one."""
 
 
+@dataclass(frozen=True)
+class _Judgement:
+    """What the source says of each token that the artifact wrote."""
+
+    agree: Tensor
+    """Whether it would have written that token, too."""
+    stops: Tensor
+    """The probability that it would have stopped; 0 within a token of its own."""
+    logits: Tensor
+    """(tokens, the artifact's vocabulary), before each token; within a token of its own, those before that."""
+    common: Tensor
+    """Whether no token of its own goes on there."""
+
+
 def judge_greedy(
     source: nn.Module,
     session: DecoderSession,
-    tokenizer: SourceTokenizer,
-    windows: Sequence[tuple[int, ...]],
+    both: Vocabularies,
+    passages: Sequence[Passage],
     advance: Callable[[int, str], None],
 ) -> Greedy:
-    """Let the artifact continue the beginnings of some windows, and the source judge."""
+    """Let the artifact continue the beginnings of some passages, and the source judge."""
     advance(0, "the artifact writes")
-    room = session.context - NEW_TOKENS
-    prompts = [window[: max(1, min(PROMPT_TOKENS, room, len(window) // 2))] for window in windows[:PROMPTS]]
+    tokenizer, room = both.artifact, session.context - NEW_TOKENS
+    beginnings = [
+        one.beginning(max(1, min(PROMPT_TOKENS, room, len(one.artifact) // 2))) for one in passages[:PROMPTS]
+    ]
+    prompts = [beginning.artifact for beginning in beginnings]
     texts = [_write(session, prompt, tokenizer.stop_ids) for prompt in prompts]
     written = [tokens for tokens, _ in texts]
     agrees: list[Tensor] = []
     examples = []
     loop, stop = "", ""
-    for prompt, (tokens, sure) in zip(prompts, texts, strict=True):
-        logits = _judgement(source, prompt, tokens)
-        agree = logits.argmax(-1) == torch.tensor(tokens)
-        agrees.append(agree)
-        examples.append(own_text(prompt, tokens, agree, logits, sure, tokenizer))
-        loop = loop or _needless_loop(tokens, agree, tokenizer)
-        stop = stop or _wrong_stop(tokens, logits, tokenizer)
+    for beginning, (tokens, sure) in zip(beginnings, texts, strict=True):
+        judged = _judgement(source, beginning, tokens, both)
+        agrees.append(judged.agree)
+        shown = judged.agree | ~judged.common
+        examples.append(own_text(beginning.artifact, tokens, shown, judged.logits, sure, tokenizer))
+        loop = loop or _needless_loop(tokens, judged.agree, tokenizer)
+        stop = stop or _wrong_stop(tokens, judged.stops, tokenizer)
     agreement = torch.cat(agrees).to(torch.float32).mean().item()
     first, detail = _first_difference(prompts, written, agrees, tokenizer)
     return Greedy(
@@ -102,11 +124,29 @@ def _write(
     return tokens, sure
 
 
-def _judgement(source: nn.Module, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
-    """Return the source's logits (tokens, vocabulary) before each of ``tokens``."""
-    ids = torch.tensor([[*prompt, *tokens]])
-    logits: Tensor = source(input_ids=ids, use_cache=False, logits_to_keep=len(tokens) + 1).logits[0, :-1]
-    return logits.to(torch.float32)
+def _judgement(source: nn.Module, prompt: Passage, tokens: Sequence[int], both: Vocabularies) -> _Judgement:
+    """Let the source read prompt and tokens, and say what it would have written."""
+    start, ours = len(prompt.artifact), (*prompt.artifact, *tokens)
+    ids, places = both.reread(prompt, tokens)
+    read = {artifact: own for own, artifact in places}
+    base = max(place for place in read if place <= start)
+    first = read[base]
+    with_all = source(input_ids=torch.tensor([ids]), use_cache=False, logits_to_keep=len(ids) - first + 1)
+    all_logits = with_all.logits[0].to(torch.float32)
+    preferred = all_logits.argmax(-1)
+    shared = both.shared(all_logits)
+    best = shared.argmax(-1)
+    agree, rows, common = [], [], []
+    for at in range(start, len(ours)):
+        base = at if at in read else base
+        row = read[base] - first
+        spelled = both.spelled(int(preferred[row]))[: at + 1 - base]
+        agree.append((at == base and int(best[row]) == ours[at]) or spelled == ours[base : at + 1])
+        rows.append(row)
+        common.append(at == base)
+    at_common = torch.tensor(common)
+    stops = all_logits.softmax(-1)[:, list(both.source.stop_ids)].sum(-1)[rows]
+    return _Judgement(torch.tensor(agree), stops * at_common, shared[rows], at_common)
 
 
 def _needless_loop(tokens: Sequence[int], agree: Tensor, tokenizer: SourceTokenizer) -> str:
@@ -131,11 +171,10 @@ def _cycle_length(tokens: Sequence[int], period: int) -> int:
     return count + period if count else 0
 
 
-def _wrong_stop(tokens: Sequence[int], logits: Tensor, tokenizer: SourceTokenizer) -> str:
+def _wrong_stop(tokens: Sequence[int], stops: Tensor, tokenizer: SourceTokenizer) -> str:
     """Say where the artifact stops or goes on although the source is sure of the opposite."""
     if not tokenizer.stop_ids:
         return ""
-    stops = logits.softmax(-1)[:, list(tokenizer.stop_ids)].sum(-1)
     for at, token in enumerate(tokens):
         before = repr(tokenizer.decode(tokens[max(0, at - 8) : at]))
         sure = float(stops[at])

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.dialect import Rounding
+from slm_export.fidelity.vocabularies import OneVocabulary, Vocabularies, fewer_tokens
 from slm_export.machine import machine_errors
 from slm_export.model import build_reference
+from slm_export.tokenizer import SourceTokenizer, tokenizer_of
 
 
 @contextmanager
@@ -53,6 +55,13 @@ class References:
     def lowered_model(self, rounding: Rounding) -> nn.Module:
         """Return the weights of an artifact with its runtime's rounding of activations."""
         return build_reference(self.quantized, rounding)
+
+    def vocabularies(self, tokenizer: SourceTokenizer) -> Vocabularies:
+        """Return the tokens of source and artifact; ``tokenizer`` is the artifact's."""
+        if self.quantized.vocabulary is None:
+            return OneVocabulary(tokenizer)
+        rows = int(self.source.config.get_text_config().vocab_size)
+        return fewer_tokens(tokenizer_of(self.source), tokenizer, self.quantized.vocabulary.tokens, rows)
 
     def kept(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """Return a float32 tensor by its name, computed once."""

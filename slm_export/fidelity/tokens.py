@@ -4,7 +4,8 @@ The artifact reads every window one token at a time, as it will when it generate
 prefixes in one call, as it will read prompts. The references read whole windows.
 
 KL divergence is from the source's distribution to the artifact's, in nats; the perplexity ratio is that of the
-artifact to the source on the same tokens.
+artifact to the source on the same text, per token of the source. Where the artifact has fewer tokens than the source,
+each reads the text in its own; see `vocabularies`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from torch import Tensor, nn
 
 from slm_export.details import Divergence
 from slm_export.dialect import Rounding
-from slm_export.evaltext import token_windows
 from slm_export.fidelity import examples
 from slm_export.fidelity.greedy import Greedy, judge_greedy
 from slm_export.fidelity.judging import checks_of
 from slm_export.fidelity.references import References
+from slm_export.fidelity.vocabularies import FewerTokens, Passage, Vocabularies, Window
 from slm_export.gates import Gates
 from slm_export.results import Check, TokenQuality
 from slm_export.runtime import DecoderSession
@@ -34,7 +35,6 @@ WINDOW = 256
 TOKENS = 4096
 _LOGITS_BYTES = 256 << 20  # of one reference's logits that stand in memory together
 
-Window = tuple[int, ...]
 Advance = Callable[[int, str], None]
 
 
@@ -49,6 +49,11 @@ class _Sums:
     agree: list[Tensor] = field(default_factory=list)
     source_nll: list[Tensor] = field(default_factory=list)
     nll: list[Tensor] = field(default_factory=list)
+    lacking: list[Tensor] = field(default_factory=list)
+    read: int = 0
+    """Tokens of the source in all."""
+    written: int = 0
+    """Tokens of the artifact in all."""
     worst_kl: float = -1.0
     worst: str = ""
     worst_lowering: str = ""
@@ -67,33 +72,34 @@ def judge_decoder(
 ) -> tuple[TokenQuality, tuple[Check, ...]]:
     """Measure a decoder artifact and hold it against the thresholds.
 
-    Given   the models that it was made from, the artifact open in its runtime, what that runtime does to activations
+    Given   the models that it was made from, the artifact open in its runtime, what that runtime does to activations;
+            the artifact's tokenizer
     """
     lowered = references.lowered_model(rounding)
-    bos = tokenizer.bos_id if tokenizer.adds_bos else None
-    length = min(WINDOW, session.context)
-    windows = token_windows(documents, tokenizer.encode, length, bos, TOKENS)
+    both = references.vocabularies(tokenizer)
+    passages = both.passages(documents, min(WINDOW, session.context), TOKENS)
     sums = _Sums()
     vocabulary = int(references.source.config.get_text_config().vocab_size)
-    for number, batch in enumerate(_batches(windows, vocabulary)):
+    for number, batch in enumerate(_batches(passages, vocabulary)):
+        theirs, ours = [one.source for one in batch], [one.artifact for one in batch]
         advance(0, "the source model reads")
-        originals = references.kept(f"source-{number}", partial(_read, references.source_model, batch))
-        quantizeds = references.kept(f"quantized-{number}", partial(_read, references.quantized_model, batch))
-        lowereds = _read(lowered, batch)
-        for index, window in enumerate(batch):
-            rows = slice(0, len(window))
+        originals = references.kept(f"source-{number}", partial(_read, references.source_model, theirs))
+        quantizeds = references.kept(f"quantized-{number}", partial(_read, references.quantized_model, ours))
+        lowereds = _read(lowered, ours)
+        for index, passage in enumerate(batch):
+            rows = slice(0, len(passage.artifact))
             _score(
                 sums,
-                window,
-                originals[index, rows],
+                passage,
+                originals[index, : len(passage.source)],
                 quantizeds[index, rows],
                 lowereds[index, rows],
                 session,
-                tokenizer,
+                both,
             )
-            advance(len(window), "the artifact reads")
-    greedy = judge_greedy(references.source_model, session, tokenizer, windows, advance)
-    quality = _quality(sums, greedy)
+            advance(len(passage.artifact), "the artifact reads")
+    greedy = judge_greedy(references.source_model, session, both, passages, advance)
+    quality = _quality(sums, greedy, both)
     details = {
         "kl_mean": sums.worst,
         "kl_p99": sums.worst,
@@ -107,11 +113,11 @@ def judge_decoder(
     return quality, (*checks_of(quality, gates, details), *greedy.checks)
 
 
-def _batches(windows: Sequence[Window], vocabulary: int) -> Iterator[Sequence[Window]]:
-    longest = max(len(window) for window in windows)
+def _batches(passages: Sequence[Passage], vocabulary: int) -> Iterator[Sequence[Passage]]:
+    longest = max(len(passage.source) for passage in passages)
     size = max(1, _LOGITS_BYTES // (4 * vocabulary * longest))
-    for start in range(0, len(windows), size):
-        yield windows[start : start + size]
+    for start in range(0, len(passages), size):
+        yield passages[start : start + size]
 
 
 def _read(model: nn.Module, windows: Sequence[Window]) -> Tensor:
@@ -126,27 +132,32 @@ def _read(model: nn.Module, windows: Sequence[Window]) -> Tensor:
 
 def _score(
     sums: _Sums,
-    window: Window,
+    passage: Passage,
     source: Tensor,
     quantized: Tensor,
     lowered: Tensor,
     session: DecoderSession,
-    tokenizer: SourceTokenizer,
+    both: Vocabularies,
 ) -> None:
-    """Score every position of a window; logits are (tokens, vocabulary)."""
+    """Score every place of a passage; logits are (tokens, vocabulary), of the side that they are named for."""
+    window, tokenizer = passage.artifact, both.artifact
     decoded = torch.stack([session.logits([token], at) for at, token in enumerate(window)])
     source_log, artifact_log = F.log_softmax(source, -1), F.log_softmax(decoded, -1)
-    kl = _kl(source_log, artifact_log)
+    theirs, ours = ([count - 1 for count in counts] for counts in zip(*passage.places, strict=True))
+    at_places = _rows(source_log, theirs)
+    shared, here = both.shared(at_places), _rows(artifact_log, ours)
+    kl = _kl(shared, here)
     sums.kl.append(kl)
-    sums.quantization_kl.append(_kl(source_log, F.log_softmax(quantized, -1)))
-    sums.agree.append(source.argmax(-1) == decoded.argmax(-1))
-    following = torch.tensor(window[1:], dtype=torch.int64).unsqueeze(1)
-    sums.source_nll.append(-source_log[:-1].gather(1, following).squeeze(1))
-    sums.nll.append(-artifact_log[:-1].gather(1, following).squeeze(1))
-    sums.examples.append(examples.furthest_in(window, kl, source, decoded, tokenizer))
+    sums.quantization_kl.append(_kl(shared, _rows(F.log_softmax(quantized, -1), ours)))
+    sums.agree.append(shared.argmax(-1) == here.argmax(-1))
+    sums.lacking.append(both.lacking(at_places))
+    sums.source_nll.append(_unlikelihood(source_log, passage.source, theirs[0] + 1))
+    sums.nll.append(_unlikelihood(artifact_log, window, ours[0] + 1))
+    sums.read, sums.written = sums.read + len(passage.source), sums.written + len(window)
+    sums.examples.append(examples.furthest_in(window, ours, kl, shared, here, tokenizer))
     if (largest := kl.max().item()) > sums.worst_kl or math.isnan(largest):
-        sums.worst_kl = largest
-        sums.worst = _where(int(kl.argmax()), window, source, decoded, tokenizer)
+        sums.worst_kl, at = largest, int(kl.argmax())
+        sums.worst = _where(window[: ours[at] + 1], shared[at], here[at], tokenizer)
     prefix = _prefix_length(len(window), len(sums.kl))
     prompt = session.logits(window[:prefix], 0).unsqueeze(0)
     _score_lowering(
@@ -156,6 +167,17 @@ def _score(
         torch.cat((lowered, lowered[prefix - 1 : prefix])),
         tokenizer,
     )
+
+
+def _rows(values: Tensor, index: Sequence[int]) -> Tensor:
+    """Return some rows; all of them without a copy."""
+    return values if len(index) == len(values) else values[torch.tensor(index)]
+
+
+def _unlikelihood(logs: Tensor, window: Window, start: int) -> Tensor:
+    """Return -log p of the tokens from ``start`` on, each after those before it."""
+    following = torch.tensor(window[start:], dtype=torch.int64).unsqueeze(1)
+    return -logs[start - 1 : -1].gather(1, following).squeeze(1)
 
 
 def _prefix_length(tokens: int, turn: int) -> int:
@@ -181,13 +203,13 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-def _where(at: int, window: Window, source: Tensor, artifact: Tensor, tokenizer: SourceTokenizer) -> str:
+def _where(read: Window, source: Tensor, artifact: Tensor, tokenizer: SourceTokenizer) -> str:
     def preferred(logits: Tensor) -> str:
-        probability, token = logits[at].softmax(-1).max(-1)
+        probability, token = logits.softmax(-1).max(-1)
         return f"{tokenizer.decode([int(token)])!r} ({float(probability):.2f})"
 
     return (
-        f"they part most at token {at}, after {_text(tokenizer, window[: at + 1])}: "
+        f"they part most at token {len(read) - 1}, after {_text(tokenizer, read)}: "
         f"the source prefers {preferred(source)}, the artifact {preferred(artifact)}"
     )
 
@@ -196,9 +218,10 @@ def _text(tokenizer: SourceTokenizer, window: Window) -> str:
     return repr(tokenizer.decode(window[-12:]))
 
 
-def _quality(sums: _Sums, greedy: Greedy) -> TokenQuality:
-    kl = torch.cat(sums.kl)
-    source_nll, nll = torch.cat(sums.source_nll).mean().item(), torch.cat(sums.nll).mean().item()
+def _quality(sums: _Sums, greedy: Greedy, both: Vocabularies) -> TokenQuality:
+    kl, scored = torch.cat(sums.kl), torch.cat(sums.source_nll)
+    source_nll, nll = scored.mean().item(), torch.cat(sums.nll).sum().item() / scored.numel()
+    fewer = isinstance(both, FewerTokens)
     return TokenQuality(
         kl_mean=kl.mean().item(),
         kl_p99=kl.quantile(0.99).item(),
@@ -215,6 +238,9 @@ def _quality(sums: _Sums, greedy: Greedy) -> TokenQuality:
         greedy_agreement=greedy.agreement,
         greedy_first_difference=greedy.first_difference,
         greedy_text=greedy.text,
+        shared_places=kl.numel() / sums.read if fewer else None,
+        lacking_mass=torch.cat(sums.lacking).mean().item() if fewer else None,
+        tokens_ratio=sums.written / sums.read if fewer else None,
         examples=(*examples.worst(sums.examples), *greedy.examples),
     )
 
