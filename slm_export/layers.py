@@ -5,6 +5,7 @@ put together from what comes out.
 
     layers_of     the layers, where all have weights of the same names, shapes and bits
     check_alike   whether the modules of all layers have the same settings
+    differences   what two layers differ in
     keep_kinds    a model with one layer of every kind: enough to see which operators it is made of
     hollow        a checkpoint whose matrices take no memory: what is left tells settings, vectors and caches
 """
@@ -82,6 +83,23 @@ def check_alike(module: nn.Module, layers: Layers) -> None:
             raise CannotStamp(f"layer {index} differs from layer 0 in {differing[:3]}")
 
 
+def differences(one: nn.Module, other: nn.Module) -> list[str]:
+    """Return the parts in which two layers, of two models, have other settings.
+
+    Compared are numbers, words and forms of tensors; functions and configurations are each model's own.
+    """
+    before, after = (
+        {
+            path: (kind, {name: value for name, value in named.items() if isinstance(value, _PLAIN)}, *forms)
+            for path, (kind, named, *forms) in _settings(layer).items()
+        }
+        for layer in (one, other)
+    )
+    return sorted(
+        path or "itself" for path in before.keys() | after.keys() if before.get(path) != after.get(path)
+    )
+
+
 def keep_kinds(model: nn.Module) -> list[int]:
     """Leave of a model's layers the first of every kind; return which those are.
 
@@ -125,6 +143,7 @@ def hollow_weight(weight: Weight) -> Weight:
 
 _SMALL = 1 << 16  # caches are larger, and empty
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
+_PLAIN = (int, float, str, tuple, list, type(None))
 _WHICH = frozenset({"layer_idx", "name", "keys", "index"})
 """Attributes of layers and of dialects' parts that say which layer they are of, and so differ between copies."""
 

@@ -19,6 +19,7 @@ from slm_export.architecture import Architecture
 from slm_export.checkpoint import Checkpoint
 from slm_export.dialect import AttentionShape, Dialect, Position, ReferenceDialect, Rounding
 from slm_export.errors import InputError
+from slm_export.geometry import fit
 from slm_export.load import architecture_of
 from slm_export.pooling import Pooling, additive_mask, read_pooling
 from slm_export.rope import make_traceable
@@ -158,6 +159,7 @@ def _filled(
         module.set_submodule(path, part.eval())
         made.add(path)
     _fill_the_rest(module, checkpoint, made)
+    fit(module, checkpoint)
     return module
 
 
