@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from slm_export.bench.figures import Measurement
 from slm_export.bench.host import measure_here
+from slm_export.bench.places import Place
+from slm_export.bench.places.adb import Adb
+from slm_export.bench.places.devicectl import Devicectl
+from slm_export.bench.places.ssh import Ssh
+from slm_export.bench.remote import measure_there
 from slm_export.bench.subject import find_subject
 from slm_export.bench.workload import Workload
 from slm_export.errors import InputError
 from slm_export.latency import usable_cores
 from slm_export.progress import Progress
 
-PLACES = ("host", "adb", "ssh", "devicectl")
+_DEVICE_THREADS = 4
+"""Fast cores of a usual phone; the device's own count would take its slow ones too."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class BenchRequest:
 def bench(request: BenchRequest, progress: Progress) -> tuple[Measurement, ...]:
     """Measure what was asked for, where it was asked for."""
     workload = Workload(
-        threads=request.threads or usable_cores(),
+        threads=request.threads or (usable_cores() if request.on == "host" else _DEVICE_THREADS),
         runs=request.runs,
         prefill=request.prefill,
         depth=request.depth,
@@ -50,4 +56,11 @@ def bench(request: BenchRequest, progress: Progress) -> tuple[Measurement, ...]:
         find_subject(request.artifact, request.format),
         *(find_subject(path) for path in request.compare),
     ]
-    return measure_here(subjects, workload, progress)
+    if request.on == "host":
+        return measure_here(subjects, workload, progress)
+    return measure_there(_place(request), subjects, request.runner, workload, progress)
+
+
+def _place(request: BenchRequest) -> Place:
+    places: dict[str, Callable[[str | None], Place]] = {"adb": Adb, "ssh": Ssh, "devicectl": Devicectl}
+    return places[request.on](request.device)

@@ -33,7 +33,9 @@ class Spoken:
     prefill_s: float | None
     decode_s: float | None
     load_ms: float | None = None
-    peak_rss_mb: float | None = None
+    read: int | None = None
+    """Tokens of the prompt, where the runner counts them itself."""
+    wrote: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,22 +106,16 @@ def speeds(
     prefill, decode = [], []
     for at_length in zip(*rounds, strict=True):
         tokens, generated = at_length[0].turn.prompt, at_length[0].turn.generated
-        read = [spoken.prefill_s for spoken in at_length if spoken.prefill_s]
         if workload.wants_prefill(tokens) or not generated:
-            prefill.append(_speed(tokens, tokens, read, 1))
+            read = [(s.read or tokens, s.prefill_s) for s in at_length if s.prefill_s]
+            rates, times = [count / took for count, took in read], [1000 * took for _, took in read]
+            prefill.append(Speed(tokens, Spread.of(rates), Spread.of(times)))
         depth = workload.depth_of(tokens)
         if generated and depth is not None:
-            wrote = [spoken.decode_s for spoken in at_length if spoken.decode_s]
-            decode.append(_speed(depth, generated, wrote, generated))
+            wrote = [(s.wrote or generated, s.decode_s) for s in at_length if s.decode_s]
+            rates, times = [count / took for count, took in wrote], [1000 * took / n for n, took in wrote]
+            decode.append(Speed(depth, Spread.of(rates), Spread.of(times)))
     return tuple(prefill), tuple(decode)
-
-
-def _speed(at: int, tokens: int, seconds: Sequence[float], steps: int) -> Speed:
-    return Speed(
-        at,
-        Spread.of(tokens / value for value in seconds),
-        Spread.of(1000 * value / steps for value in seconds),
-    )
 
 
 def ratios(mine: Measurement, other: Measurement) -> Mapping[str, Spread]:

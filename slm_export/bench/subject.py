@@ -35,6 +35,8 @@ class Subject:
     tokenizer: Path | None = None
     context: int | None = None
     """As the bundle says; a file is asked once it is open."""
+    functions: tuple[str, ...] = ()
+    """Names of its entry points, as the bundle says."""
 
     @property
     def generates(self) -> bool:
@@ -76,6 +78,7 @@ def _from_bundle(folder: Path, format: str | None) -> Subject:
         entry.bytes,
         _tokenizer(folder, manifest, entry.format),
         manifest.runtime.get("context"),
+        tuple(signature.name for signature in entry.signatures),
     )
 
 
