@@ -44,6 +44,14 @@ def _token_counts(ctx: click.Context, param: click.Parameter, value: str | None)
     return tuple(dict.fromkeys(map(int, parts)))
 
 
+_JUNIT = click.option(
+    "--junit",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write the checks for a CI server, a case for each.",
+)
+
+
 class _DefaultCommand(click.Group):
     """``slm-export MODEL --target android`` means ``slm-export export MODEL --target android``."""
 
@@ -127,16 +135,20 @@ def cli() -> None:
 @click.option("--force", is_flag=True, help="Replace an existing bundle, once the new one is complete.")
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with the source model.")
 @click.option("--no-bench", is_flag=True, help="Skip the measurement of speed.")
+@_JUNIT
 @_JSON
-def export(as_json: bool, **options: Any) -> None:
+def export(as_json: bool, junit: Path | None, **options: Any) -> None:
     """Quantize MODEL for a device, write it, prove it, and leave a bundle that an app can ship.
 
     MODEL is a Hugging Face model folder, the name of a model on the hub, a .keras file or a SavedModel folder. Without
     it, slm-export.toml in the current folder names model, target, device, formats and gates.
     """
-    from slm_export.commands import export_command
+    from slm_export.junit import recorded
 
-    export_command(_request(options), as_json)
+    with recorded(junit, "export") as cases:
+        from slm_export.commands import export_command
+
+        export_command(_request(options), as_json, cases)
 
 
 @cli.command()
@@ -166,14 +178,51 @@ def run(bundle: Path, **options: Any) -> None:
     "--eval-text", type=click.Path(path_type=Path), help="Held-out text to judge by. [default: a sample]"
 )
 @_CALIBRATION
+@_JUNIT
 @_JSON
-def verify(
-    bundle: Path, source: str | None, eval_text: Path | None, calibration: Path | None, as_json: bool
-) -> None:
+def verify(bundle: Path, junit: Path | None, **options: Any) -> None:
     """Check a BUNDLE again: its files, its metadata, and with --source its fidelity."""
-    from slm_export.commands import verify_command
+    from slm_export.junit import recorded
 
-    verify_command(bundle, source, eval_text, calibration, as_json)
+    with recorded(junit, "verify") as cases:
+        from slm_export.commands import verify_command
+
+        verify_command(bundle, cases=cases, **options)
+
+
+@cli.command()
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--html", metavar="FILE", type=click.Path(path_type=Path), help="Write a page, too.")
+@_JSON
+def report(bundles: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
+    """Compare BUNDLES side by side, as Markdown for a pull request; the first is what the others are held against."""
+    from slm_export.compare_commands import report_command
+
+    report_command(bundles, html, as_json)
+
+
+@cli.command()
+@click.argument("old", type=click.Path(path_type=Path))
+@click.argument("new", type=click.Path(path_type=Path))
+@click.option(
+    "--limit",
+    "limits",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="How far NEW may be from OLD, such as max_bytes_increase=0.02; may be repeated. [default: slm-export.toml]",
+)
+@click.option(
+    "--no-codes", is_flag=True, help="Leave out the comparison of codes: manifests are enough then."
+)
+@_JUNIT
+@_JSON
+def diff(**options: Any) -> None:
+    """Tell how the bundle NEW differs from OLD: size, codes by layer, fidelity, speed, versions."""
+    from slm_export.compare_commands import diff_command
+    from slm_export.junit import recorded
+
+    with recorded(options.pop("junit"), "diff") as cases:
+        diff_command(cases=cases, **options)
 
 
 @cli.command()

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from slm_export.compilation import Request, make_plan
 from slm_export.errors import GateError, InputError
+from slm_export.junit import Cases
 from slm_export.native_log import kept_from_terminal
 from slm_export.profile import load_profile, shipped_profiles
 from slm_export.progress import Progress, StderrConsole
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     from slm_export.bench.command import BenchRequest
 
 
-def export_command(request: Request, as_json: bool) -> None:
+def export_command(request: Request, as_json: bool, cases: Cases) -> None:
     """Export, then print the report."""
     from slm_export.report import print_report, to_json
 
-    with _working() as progress:
+    with working() as progress:
         from slm_export import driver, keras_export, keras_source, search
 
         tensorflow = keras_source.is_tensorflow_model(request.model)
@@ -38,18 +39,24 @@ def export_command(request: Request, as_json: bool) -> None:
         plain = keras_export.export if tensorflow else driver.export
         export = search.export if request.budget else plain
         report, out = export(make_plan(request), progress)
+    cases.of_report(report)
     shown = _as_typed(out)
     if as_json:
-        _print_json({**to_json(report), "out": str(out)})
+        print_json({**to_json(report), "out": str(out)})
     else:
-        print_report(_stdout(), report, shown)
+        print_report(stdout(), report, shown)
 
 
 def verify_command(
-    folder: Path, source: str | None, eval_text: Path | None, calibration: Path | None, as_json: bool
+    folder: Path,
+    source: str | None,
+    eval_text: Path | None,
+    calibration: Path | None,
+    as_json: bool,
+    cases: Cases,
 ) -> None:
     """Verify a bundle, then print every check; GateError where one failed."""
-    with _working() as progress:
+    with working() as progress:
         from slm_export import keras_bundle, opened
 
         if keras_bundle.is_one(folder):
@@ -58,10 +65,11 @@ def verify_command(
             found = keras_bundle.verify(folder, source, eval_text, progress)
         else:
             found = opened.verify(folder, source, eval_text, calibration, progress)
+    cases.checks = found.checks
     if as_json:
-        _print_json(opened.to_json(found))
+        print_json(opened.to_json(found))
     else:
-        console = _stdout()
+        console = stdout()
         for name, group in found.checks.items():
             for check in group:
                 verdict = Text("pass", "green") if check.passed else Text("FAIL", "bold red")
@@ -114,7 +122,7 @@ def run_command(
 
 def _print_text(prompt: str, pieces: Iterator[str], as_json: bool, no_stream: bool) -> None:
     if as_json:
-        _print_json({"prompt": prompt, "text": "".join(pieces)})
+        print_json({"prompt": prompt, "text": "".join(pieces)})
     elif no_stream:
         print("".join(pieces))
     else:
@@ -128,22 +136,22 @@ def _print_answer(answered: dict[str, Any], as_json: bool) -> None:
     from slm_export.answers import lines
 
     if as_json:
-        _print_json(answered)
+        print_json(answered)
     else:
         print("\n".join(lines(answered)))
 
 
 def bench_command(request: BenchRequest, as_json: bool) -> None:
     """Measure an artifact, then print the table."""
-    with _working() as progress:
+    with working() as progress:
         from slm_export.bench.command import bench
         from slm_export.bench.show import print_measurements, to_json
 
         found = bench(request, progress)
     if as_json:
-        _print_json(to_json(found))
+        print_json(to_json(found))
     else:
-        print_measurements(_stdout(), found)
+        print_measurements(stdout(), found)
 
 
 def devices_command(name: str | None, as_json: bool) -> None:
@@ -153,15 +161,15 @@ def devices_command(name: str | None, as_json: bool) -> None:
     profiles = (load_profile(name),) if name else shipped_profiles()
     if as_json:
         shown = [profile.model_dump(mode="json", by_alias=True, exclude_none=True) for profile in profiles]
-        _print_json(shown[0] if name else shown)
+        print_json(shown[0] if name else shown)
     elif name:
-        print_profile(_stdout(), profiles[0])
+        print_profile(stdout(), profiles[0])
     else:
-        print_profiles(_stdout(), profiles)
+        print_profiles(stdout(), profiles)
 
 
 @contextmanager
-def _working() -> Iterator[Progress]:
+def working() -> Iterator[Progress]:
     """Show progress on the real stderr, and keep the compilers' own words away from it."""
     # Set before transformers is imported: neither notes on other frameworks nor network calls are wanted.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -170,11 +178,13 @@ def _working() -> Iterator[Progress]:
         yield Progress(StderrConsole(stderr))
 
 
-def _stdout() -> Console:
+def stdout() -> Console:
+    """Return where outcomes are printed."""
     return Console(soft_wrap=False, highlight=False)
 
 
-def _print_json(document: object) -> None:
+def print_json(document: object) -> None:
+    """Print the one JSON document of a command."""
     print(json.dumps(document, ensure_ascii=False, indent=2))
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from slm_export.budget import Budget, parse_bytes
+from slm_export.diff_limits import DiffLimits
 from slm_export.errors import InputError
 from slm_export.gates import Gates
 from slm_export.profile import FormatName, TargetName
@@ -57,6 +58,8 @@ class Settings(BaseModel):
     max_perplexity_ratio: float | None = Field(default=None, gt=1)
     min_cosine: float | None = Field(default=None, gt=0, lt=1)
     gates: Gates = Field(default_factory=lambda: Gates.model_validate({}))
+    diff: DiffLimits = Field(default_factory=DiffLimits)
+    """How far a bundle may be from an older one, for `slm-export diff`."""
 
     @field_validator("formats")
     @classmethod

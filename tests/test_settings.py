@@ -15,12 +15,22 @@ bits = 4
 group_size = 64
 embedding_bits = 8
 head_bits = 16
+palettize = 6
 context = 1024
 eval_text = "texts/held-out.txt"
+calibration = "texts/ours.jsonl"
+max_size = "600MB"
+max_memory = "1GiB"
+min_tokens_per_s = 20.0
+max_perplexity_ratio = 1.02
+min_cosine = 0.97
 out = "build"
 
 [gates]
 max_kl_mean = 0.05
+
+[diff]
+max_bytes_increase = 0.02
 """
 
 
@@ -63,10 +73,18 @@ def test_every_key_is_read(tmp_path):
         "group_size": 64,
         "embedding_bits": 8,
         "head_bits": 16,
+        "palettize": 6,
         "context": 1024,
         "eval_text": tmp_path / "texts" / "held-out.txt",
+        "calibration": tmp_path / "texts" / "ours.jsonl",
+        "max_size": "600MB",
+        "max_memory": "1GiB",
+        "min_tokens_per_s": 20.0,
+        "max_perplexity_ratio": 1.02,
+        "min_cosine": 0.97,
         "out": tmp_path / "build",
         "gates": {"max_kl_mean": 0.05},
+        "diff": {"max_bytes_increase": 0.02},
     }
     assert set(loaded.model_fields_set) == set(Settings.model_fields)
 
