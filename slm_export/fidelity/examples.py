@@ -16,19 +16,14 @@ BEFORE, AFTER = 32, 12
 
 
 def furthest_in(
-    window: Sequence[int],
-    places: Sequence[int],
-    kl: Tensor,
-    source: Tensor,
-    artifact: Tensor,
-    tokenizer: SourceTokenizer,
+    window: Sequence[int], kl: Tensor, source: Tensor, artifact: Tensor, tokenizer: SourceTokenizer
 ) -> Divergence:
     """Return the place of a window where the two distributions are furthest apart.
 
-    Given   kl (places,) in nats, and both sides' logits (places, vocabulary); row r is what follows token places[r]
+    Given   kl (tokens,) in nats, and both sides' logits (tokens, vocabulary); row t is what follows token t
     """
-    furthest = int(kl.argmax())
-    theirs, ours, at = _preferred(source[furthest]), _preferred(artifact[furthest]), places[furthest]
+    at = int(kl.argmax())
+    theirs, ours = _preferred(source[at]), _preferred(artifact[at])
     return Divergence(
         where="held-out text",
         before=_text(tokenizer, window[max(0, at + 1 - BEFORE) : at + 1]),
@@ -36,7 +31,7 @@ def furthest_in(
         source_probability=theirs[1],
         artifact=_text(tokenizer, [ours[0]]),
         artifact_probability=ours[1],
-        kl=float(kl[furthest]),
+        kl=float(kl[at]),
         after=_text(tokenizer, window[at + 1 : at + 1 + AFTER]),
     )
 
@@ -83,4 +78,5 @@ def _preferred(logits: Tensor) -> tuple[int, float]:
 
 
 def _text(tokenizer: SourceTokenizer, tokens: Sequence[int]) -> str:
-    return tokenizer.decode(list(tokens))
+    # A stretch of tokens may begin or end within a character.
+    return tokenizer.decode(list(tokens)).strip("\ufffd")

@@ -51,7 +51,7 @@ def _plot(comparison: Comparison) -> Plot | None:
         return None
     label = next(one.label for one in comparison.figures if one.name == name)
     x = linear([column.figures["bytes"] for column in columns], lambda value: megabytes(round(value)))
-    y = linear([column.figures[name] for column in columns], words.figure)
+    y = linear([column.figures[name] for column in columns])
 
     def mark(column: Column) -> Mark:
         size, quality = column.figures["bytes"], column.figures[name]

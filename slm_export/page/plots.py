@@ -21,7 +21,8 @@ class Axis:
     low: float
     high: float
     logarithmic: bool
-    show: Callable[[float], str]
+    show: Callable[[float], str] | None = None
+    """How a tick reads; by default with as many decimals as tell ticks apart."""
 
     def at(self, value: float) -> float:
         """Return where a value is, 0 to 100."""
@@ -31,13 +32,13 @@ class Axis:
     def ticks(self) -> list[tuple[float, str]]:
         """Return (where, text) of some round values."""
         values = _decades(self.low, self.high) if self.logarithmic else _round_steps(self.low, self.high)
-        return [(self.at(value), self.show(value)) for value in values]
+        return [(self.at(value), (self.show or _fixed(values))(value)) for value in values]
 
     def _scale(self, value: float) -> float:
         return math.log10(value) if self.logarithmic else value
 
 
-def linear(values: Sequence[float], show: Callable[[float], str]) -> Axis:
+def linear(values: Sequence[float], show: Callable[[float], str] | None = None) -> Axis:
     """Return an axis that all values fit on, with room around them."""
     low, high = min(values), max(values)
     room = _MARGIN * (high - low) or 0.05 * abs(high) or 1.0
@@ -48,6 +49,12 @@ def logarithmic(values: Sequence[float], show: Callable[[float], str]) -> Axis:
     """Return an axis of whole decades that all values (positive) fit on."""
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     return Axis(10.0**low, 10.0 ** (high if high > low else low + 1), True, show)
+
+
+def _fixed(values: Sequence[float]) -> Callable[[float], str]:
+    step = min((b - a for a, b in pairwise(values)), default=1.0)
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return lambda value: f"{value:.{decimals}f}"
 
 
 def _decades(low: float, high: float) -> list[float]:
@@ -111,7 +118,7 @@ def frontier(points: Sequence[FrontierPoint]) -> Plot | None:
     if not ratios:
         return None
     x = linear([point.bytes for point in points], lambda value: megabytes(round(value)))
-    y = linear(ratios, figure)
+    y = linear(ratios)
     marks, predicted = [], []
     for point in sorted(points, key=lambda point: point.bytes):
         for ratio, measured in (

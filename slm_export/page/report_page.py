@@ -14,6 +14,8 @@ class _Shown:
     """What the template calls with parts of the report."""
 
     asked_rows = staticmethod(wording.asked_rows)
+    check_limit = staticmethod(wording.check_limit)
+    check_value = staticmethod(wording.check_value)
     check_title = staticmethod(wording.check_title)
     examples = staticmethod(wording.examples)
     furthest = staticmethod(wording.furthest)

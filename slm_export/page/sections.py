@@ -151,12 +151,15 @@ def _speed_figures(result: FormatResult) -> list[tuple[str, str]]:
 def headroom(check: Check) -> float | None:
     """Return what share of its allowance a check uses, in percent; None where it has no limit.
 
-    Of an agreement or a cosine the allowance is what is missing to 1; of a least rate, the time that it leaves.
+    Of an agreement or a cosine the allowance is what is missing to 1, of a perplexity ratio what exceeds it; of a
+    least rate, the time that it leaves.
     """
     value, limit = check.value, check.limit
     if value is None or limit is None or not math.isfinite(value):
         return None
-    if f"min_{check.name}" not in Gates.model_fields:
+    if check.name == "perplexity_ratio" and limit > 1:
+        used = (value - 1) / (limit - 1)
+    elif f"min_{check.name}" not in Gates.model_fields:
         used = value / limit if limit else math.inf
     elif limit < 1 and value <= 1:
         used = (1 - value) / (1 - limit)

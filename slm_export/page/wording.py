@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from slm_export.details import Divergence, FrontierPoint, Furthest
-from slm_export.results import EmbeddingQuality, FormatResult, Report, ScoreQuality, TokenQuality
-from slm_export.words import figure, megabytes, parameters
+from slm_export.results import Check, EmbeddingQuality, FormatResult, Report, ScoreQuality, TokenQuality
+from slm_export.words import figure, limit, megabytes, parameters
 
 _TITLES: Mapping[str, str] = {
     "bytes": "Size of the file",
@@ -39,6 +39,20 @@ _TITLES: Mapping[str, str] = {
 def check_title(name: str) -> str:
     """Return what a check is about, in words; its own name where there are none."""
     return _TITLES.get(name, name.replace("_", " ").capitalize())
+
+
+def check_value(check: Check) -> str:
+    """Return the value of a check; of a size with its unit."""
+    if check.value is None:
+        return ""
+    return megabytes(round(check.value)) if check.name == "bytes" else figure(check.value)
+
+
+def check_limit(check: Check) -> str:
+    """Return ``at most 8.0 MB`` or ``at least 0.9``."""
+    if check.name == "bytes" and check.limit is not None:
+        return f"at most {megabytes(round(check.limit))}"
+    return limit(check)
 
 
 def asked_rows(report: Report) -> list[tuple[str, str]]:
