@@ -93,10 +93,10 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def linears_of(model: nn.Module, path: str) -> dict[str, LiveLinear]:
-    """Return the linear layers below a path by the names of their matrices in the checkpoint."""
+    """Return the linear layers below a path by the names of their matrices in the checkpoint; "" is the whole model."""
     prefix = "model." if isinstance(model, Encoder) else ""
     return {
-        f"{path}.{name}.weight".removeprefix(prefix): part
+        f"{path}.{name}.weight".removeprefix(".").removeprefix(prefix): part
         for name, part in model.get_submodule(path).named_modules()
         if isinstance(part, LiveLinear)
     }

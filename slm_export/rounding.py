@@ -163,6 +163,7 @@ def _refit_rows(values: Tensor, codes: Tensor, scales: Tensor, gram: Tensor) -> 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
     """Return upper U with U^T U = gram^-1; more damping where the machine's precision calls for it."""
+    assert gram.isfinite().all(), "second moments of activations that are no numbers"
     more = 0.0
     while True:
         lower, failed = torch.linalg.cholesky_ex(damped(gram, more) if more else gram)
