@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from slm_export.errors import InputError
-from slm_export.evaltext import load_documents, token_windows
+from slm_export.evaltext import load_documents, paragraphs, token_windows
 from slm_export.tasks import GENERATION
 from slm_export.tokenizer import SourceTokenizer
 
@@ -146,7 +146,7 @@ def _cut(
         cut = token_windows(documents, tokenizer.encode, length, bos, tokens)
         return Calibration(cut, origin, tuple(documents))
     windows = []
-    for text in _paragraphs(documents):
+    for text in paragraphs(documents):
         before, after = tokenizer.template
         ids = tokenizer.encode(text)[: length - len(before) - len(after)]
         windows.append((*before, *ids, *after))
@@ -154,12 +154,6 @@ def _cut(
         if tokens <= 0:
             break
     return Calibration(tuple(windows), origin, tuple(documents))
-
-
-def _paragraphs(documents: Sequence[str]) -> Iterator[str]:
-    """Yield what an encoder is given: paragraphs, of every document in turn."""
-    for document in documents:
-        yield from (part.strip() for part in document.split("\n\n") if part.strip())
 
 
 def _chats(path: Path, tokenizer: SourceTokenizer) -> list[str]:

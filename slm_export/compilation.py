@@ -12,6 +12,7 @@ from slm_export.details import FrontierPoint
 from slm_export.errors import InputError
 from slm_export.gates import SPEED, TELLING, Gates
 from slm_export.optimizers.palettize import Palettize
+from slm_export.optimizers.trim_vocabulary import TrimVocabulary
 from slm_export.profile import DeviceProfile, default_profile, load_profile
 from slm_export.recipe import QuantizationOptions, Recipe, build_recipe
 from slm_export.registry import exporter, target
@@ -125,6 +126,9 @@ def make_plan(request: Request) -> Plan:
     recipe = build_recipe(profile.recipe, request.quantization, where)
     _refuse_tables(recipe, exporters, profile)
     _refuse_same_text(request)
+    refuse_foreign_text(
+        [step.name for step in recipe], request.calibration, request.eval_text, judged=request.verify
+    )
     notes = []
     if not request.verify:
         notes.append("fidelity was not verified, and no gate on it judged (--no-verify)")
@@ -149,6 +153,24 @@ def _refuse_tables(recipe: Recipe, exporters: Sequence[Exporter], profile: Devic
                 f"{step.name}: coreml for iOS {profile.coreml.ios} has one table per matrix; write group_channels = 0 "
                 f"in the recipe of device {profile.name}, or leave out coreml.ios = {profile.coreml.ios}"
             )
+
+
+def refuse_foreign_text(
+    passes: Sequence[str], calibration: Path | None, eval_text: Path | None, *, judged: bool
+) -> None:
+    """Refuse to fit a model to a domain, or to judge it, on text that nobody said is of that domain."""
+    name = TrimVocabulary.name
+    if name not in passes:
+        return
+    if calibration is None:
+        raise InputError(
+            f"{name} keeps the tokens of the texts that the model is for: give such a text with --calibration FILE"
+        )
+    if judged and eval_text is None:
+        raise InputError(
+            f"{name} fits the model to texts of one domain, and the shipped sample is of none: give text of that "
+            "domain to judge it on, other than for calibration, with --eval-text FILE (or no verdict: --no-verify)"
+        )
 
 
 def _refuse_same_text(request: Request) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -39,7 +38,7 @@ from slm_export.results import (
 )
 from slm_export.runtime import Exporter, ExportOptions, Proven
 from slm_export.tasks import GENERATION
-from slm_export.tokenizer import OWN_TOKENIZER, SourceTokenizer
+from slm_export.tokenizer import OWN_TOKENIZER, SourceTokenizer, tokenizer_of
 
 _TOOLS = ("torch", "transformers", "tokenizers", "safetensors")
 
@@ -68,14 +67,16 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
     plan.ready()
     out = plan.request.out or Path(f"{folder.resolve().name}-{plan.profile.target}")
     with bundle.staged(out, plan.request.force) as staging, until_the_end() as kept:
-        source, tokenizer, options = _read(plan, folder, progress)
-        facts = _facts(source, options, progress)
+        source, tokenizer, context = _read(plan, folder, progress)
+        facts = _facts(source, context, progress)
         calibration = calibration_for(plan.recipe, plan.request.calibration, source, tokenizer, progress)
         optimized = optimize(plan.recipe, source, facts.source_sha256, calibration, kept, progress)
         checkpoint = optimized.checkpoint
         gates = gates_for(plan, checkpoint)
+        if checkpoint.vocabulary is not None:
+            tokenizer = tokenizer_of(checkpoint)
         plan.target.bundle(tokenizer, staging.path)
-        options = replace(options, tokenizer=staging.path / "tokenizer")
+        options = _options(plan, context, tokenizer, staging.path / "tokenizer")
         runners = _runner_tokenizers(plan, source, staging.path)
         notes = [
             *plan.notes,
@@ -119,7 +120,7 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
         return report, staging.commit()
 
 
-def _read(plan: Plan, folder: Path, progress: Progress) -> tuple[Checkpoint, SourceTokenizer, ExportOptions]:
+def _read(plan: Plan, folder: Path, progress: Progress) -> tuple[Checkpoint, SourceTokenizer, int]:
     """Read the model; whatever can be refused by its headers is refused before its weights are read."""
     with progress.stage("read the model"):
         source = load_checkpoint(folder)
@@ -129,23 +130,28 @@ def _read(plan: Plan, folder: Path, progress: Progress) -> tuple[Checkpoint, Sou
             exporter.check(source)
         for step in plan.recipe:
             step.check(source)
-        options = ExportOptions(
-            context=context_for(plan, source),
-            stop_ids=tokenizer.stop_ids,
-            bos_id=tokenizer.bos_id,
-            pad_id=tokenizer.pad_id,
-            adds_bos=tokenizer.adds_bos,
-            chat_template=tokenizer.chat_template,
-            coreml=plan.profile.coreml,
-        )
+        context = context_for(plan, source)
     with progress.stage("check every weight", total=len(source.weights)) as stage:
         check_values(source, stage.advance)
-    return source, tokenizer, options
+    return source, tokenizer, context
 
 
-def _facts(source: Checkpoint, options: ExportOptions, progress: Progress) -> ModelFacts:
+def _options(plan: Plan, context: int, tokenizer: SourceTokenizer, files: Path) -> ExportOptions:
+    return ExportOptions(
+        context=context,
+        stop_ids=tokenizer.stop_ids,
+        bos_id=tokenizer.bos_id,
+        pad_id=tokenizer.pad_id,
+        adds_bos=tokenizer.adds_bos,
+        chat_template=tokenizer.chat_template,
+        tokenizer=files,
+        coreml=plan.profile.coreml,
+    )
+
+
+def _facts(source: Checkpoint, context: int, progress: Progress) -> ModelFacts:
     with progress.stage("hash the model"):
-        return facts_of(source, options.context)
+        return facts_of(source, context)
 
 
 def _runner_tokenizers(plan: Plan, source: Checkpoint, folder: Path) -> dict[str, str]:

@@ -47,6 +47,12 @@ def load_sentences() -> tuple[str, ...]:
     return tuple(line for line in _shipped("sentences.txt").splitlines() if line.strip())
 
 
+def paragraphs(documents: Sequence[str]) -> Iterator[str]:
+    """Yield what an encoder is given: the paragraphs of every document in turn."""
+    for document in documents:
+        yield from (part.strip() for part in document.split("\n\n") if part.strip())
+
+
 def token_windows(
     documents: Sequence[str],
     encode: Callable[[str], list[int]],

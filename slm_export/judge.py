@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slm_export import fidelity
-from slm_export.evaltext import load_sentences
+from slm_export.evaltext import load_sentences, paragraphs
 from slm_export.fidelity.tokens import TOKENS
+from slm_export.fidelity.vocabularies import FewerTokens
 from slm_export.gates import Gates
 from slm_export.parity import Trace, judge_codes, quantized_weights, trace_of
 from slm_export.progress import Progress
-from slm_export.results import Check, Quality
+from slm_export.results import Check, Quality, TokenQuality
 from slm_export.runtime import DecoderSession, EncoderSession, Exporter
 from slm_export.tokenizer import SourceTokenizer
 from slm_export.vendor_text import judge_vendor_text
@@ -28,6 +29,7 @@ class Subject:
     path: Path
     task: str
     tokenizer: SourceTokenizer
+    """The artifact's: the source's own, unless a pass took tokens away."""
     runner_tokenizer: Path
     """The tokenizer file that the vendor's runner is given."""
     documents: Sequence[str]
@@ -57,6 +59,11 @@ def judge_artifact(
             own = exporter.own_checks(subject.path, references.quantized, sample)
         with progress.stage("compare tokenizers"):
             verdict = _judge_tokenizer(subject)
+            both = references.vocabularies(subject.tokenizer)
+            fewer = isinstance(both, FewerTokens)
+            kept = (
+                (fidelity.judge_vocabulary(both, subject.documents),) if isinstance(both, FewerTokens) else ()
+            )
         quality: Quality
         if isinstance(session, DecoderSession):
             checks, notes = _self_checks(subject, session)
@@ -73,8 +80,7 @@ def judge_artifact(
         else:
             assert isinstance(session, EncoderSession)
             checks, notes = (), _elsewhere(subject)
-            # Whole documents too: they fill the longest input.
-            texts = (*load_sentences(), *sorted(subject.documents, key=len)[-_LONG_TEXTS:])
+            texts = _texts(subject, own=fewer)
             with progress.stage(f"verify {name}", total=len(texts)) as stage:
                 quality, more = fidelity.judge_encoder(
                     references,
@@ -87,10 +93,37 @@ def judge_artifact(
                 )
         traced = _trace(subject, session) if trace else None
         return Judgement(
-            (*more, codes, *own, *checks, *verdict.checks), (*notes, *verdict.notes), quality, traced
+            (*more, codes, *own, *checks, *verdict.checks, *kept),
+            (*notes, *verdict.notes, *_words(quality)),
+            quality,
+            traced,
         )
     finally:
         session.close()
+
+
+def _texts(subject: Subject, *, own: bool) -> tuple[str, ...]:
+    """Return sentences, and whole documents, which fill the longest input.
+
+    Given   own: whether the sentences are to be of the documents too, as where a model is fit to a domain
+    """
+    sentences = load_sentences()
+    if own:
+        parts = tuple(paragraphs(subject.documents))
+        sentences = parts[:: max(1, len(parts) // len(sentences))][: len(sentences)]
+    return (*sentences, *sorted(subject.documents, key=len)[-_LONG_TEXTS:])
+
+
+def _words(quality: Quality) -> tuple[str, ...]:
+    """Say how a text is compared that source and artifact read in other tokens."""
+    if not isinstance(quality, TokenQuality) or quality.same_tokens is None:
+        return ()
+    return (
+        f"the artifact reads {quality.same_tokens:.1%} of the source's tokens of the text as they are, and all of it "
+        f"in {quality.tokens_ratio:.3f} times as many; the source gives {quality.lacking_mass:.2%} to tokens that the "
+        "artifact lacks. Perplexities are of the text in the tokens of each, over the source's tokens; next tokens are "
+        "compared on the artifact's tokens, among those that both have",
+    )
 
 
 def self_check(subject: Subject, *, trace: bool = False) -> Judgement:

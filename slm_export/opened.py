@@ -11,6 +11,7 @@ from typing import Any
 
 from slm_export.answers import answer
 from slm_export.bundle import Manifest, read_manifest, verify_files
+from slm_export.compilation import refuse_foreign_text
 from slm_export.errors import GateError, InputError
 from slm_export.evaltext import load_documents
 from slm_export.fidelity import References, judging, references
@@ -63,6 +64,9 @@ def verify(
     checks: dict[str, tuple[Check, ...]] = {"files": (Check("checksums", not problems, detail),)}
     if problems:
         return Verification(checks, ("artifacts were not opened: the files are not those that were written",))
+    if source is not None:
+        passes = [str(step["pass"]) for step in manifest.recipe]
+        refuse_foreign_text(passes, calibration, eval_text, judged=True)
     opened = nullcontext() if source is None else _made_from(folder, manifest, source, calibration, progress)
     with opened as made_from:
         more, notes, pairs = _judge_all(folder, manifest, made_from, load_documents(eval_text), progress)
@@ -77,7 +81,9 @@ def _judge_all(
     progress: Progress,
 ) -> tuple[dict[str, tuple[Check, ...]], tuple[str, ...], tuple[Pair, ...]]:
     """Judge every artifact, and the pairs of them; return checks by format, notes and pairs."""
-    tokenizer = SourceTokenizer.load(folder / "tokenizer" if made_from is None else made_from.source.folder)
+    fewer = made_from is not None and made_from.quantized.vocabulary is not None
+    own = folder / "tokenizer"
+    tokenizer = SourceTokenizer.load(own if made_from is None or fewer else made_from.source.folder)
     several = len(manifest.artifacts) > 1
     checks: dict[str, tuple[Check, ...]] = {}
     notes: list[str] = []

@@ -18,7 +18,7 @@ from slm_export.progress import Progress
 from slm_export.recipe import Recipe, options_of, unaccounted
 from slm_export.results import CalibrationFacts, PassRow
 from slm_export.tasks import GENERATION
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.tokenizer import SourceTokenizer, tokenizer_of
 from slm_export.workbench import Workbench
 
 
@@ -50,6 +50,7 @@ def optimize(
     checkpoint, rows, notes = source, [], []
     errors: dict[str, float] = {}
     text = None if calibration is None else calibration.sha256
+    facts = None if calibration is None else _facts(calibration)
     done: list[object] = [source_sha256, *([text] if text else [])]
     for step in recipe:
         began = time.monotonic()
@@ -75,8 +76,10 @@ def optimize(
             error=whole,
         )
         rows.append(row)
+        if calibration is not None and result.checkpoint.vocabulary is not checkpoint.vocabulary:
+            tokenizer = tokenizer_of(result.checkpoint)
+            calibration = calibration.read_by(tokenizer, source.task, source.positions)
         checkpoint = replace(result.checkpoint, history=(*checkpoint.history, step.name))
-    facts = None if calibration is None else _facts(calibration)
     return Optimized(checkpoint, tuple(rows), tuple(notes), facts, errors)
 
 

@@ -91,11 +91,11 @@ class TokenQuality:
     greedy_agreement: float | None = None
     greedy_first_difference: int | None = None
     greedy_text: str | None = None
-    shared_places: float | None = None
-    """Of an artifact with fewer tokens than the source: share of the source's tokens of the text, behind which the
-    artifact has read equally much. There they are compared; likelihoods are of the whole text."""
+    same_tokens: float | None = None
+    """Of an artifact with fewer tokens than the source: share of the source's tokens of the text that it reads as they
+    are; it spells the others."""
     lacking_mass: float | None = None
-    """Mean probability that the source gives, at those places, to tokens that the artifact lacks."""
+    """Mean probability that the source gives, along the text, to tokens that the artifact lacks."""
     tokens_ratio: float | None = None
     """Tokens that the artifact reads the text in, for each of the source's."""
     examples: tuple[Divergence, ...] = ()

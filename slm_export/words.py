@@ -221,6 +221,6 @@ def _quality_items(result: FormatResult) -> list[tuple[str, float | str | None]]
     if result.quality is None:
         return []
     # What there is of some models alone is left out where it is not.
-    optional = ("greedy_text", "worst_sentence", "shared_places", "lacking_mass", "tokens_ratio")
+    optional = ("greedy_text", "worst_sentence", "same_tokens", "lacking_mass", "tokens_ratio")
     items = [item for item in dataclasses.asdict(result.quality).items() if item[0] != "examples"]
     return [(name, value) for name, value in items if value is not None or name not in optional]

@@ -191,7 +191,7 @@ COUNTING = {token: token + 1 for token in range(10, 290)}
 
 def counted(start: int, end: int) -> Passage:
     window = tuple(range(start, end))
-    return Passage(window, window, tuple((i, i) for i in range(1, len(window) + 1)))
+    return Passage(window, window, window, tuple((i, i) for i in range(1, len(window) + 1)))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
     tokens      a decoder on held-out text: KL divergence, top-1 agreement, perplexity
     greedy      a decoder's own long text: does it stop, loop or wander where the source would not
     encoders    embeddings and class scores over varied sentences
+    vocabularies how a text is read by an artifact that has fewer tokens than its source
     tokenizers  the app's tokenizer and stop tokens against the source's
     references  the torch models that artifacts are compared with
     thresholds  what is demanded where neither profile nor settings say
@@ -15,7 +16,12 @@ artifact). The first is the price of the bits; the second is a bug until explain
 from slm_export.fidelity.encoders import judge_encoder
 from slm_export.fidelity.references import References, references
 from slm_export.fidelity.thresholds import default_gates
-from slm_export.fidelity.tokenizers import TokenizerVerdict, judge_stop_tokens, judge_tokenizer
+from slm_export.fidelity.tokenizers import (
+    TokenizerVerdict,
+    judge_stop_tokens,
+    judge_tokenizer,
+    judge_vocabulary,
+)
 from slm_export.fidelity.tokens import judge_decoder
 
 __all__ = [
@@ -26,5 +32,6 @@ __all__ = [
     "judge_encoder",
     "judge_stop_tokens",
     "judge_tokenizer",
+    "judge_vocabulary",
     "references",
 ]

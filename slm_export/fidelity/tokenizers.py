@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from slm_export.conformance import Case, cases, compare
+from slm_export.fidelity.vocabularies import FewerTokens
 from slm_export.gates import Gates
 from slm_export.results import Check
 from slm_export.runtime_tokenizers import RuntimeTokenizer, TokenizerLoadError
@@ -64,6 +65,32 @@ def judge_tokenizer(
     check = Check("tokenizer_agreement", passed, result.summary(), agreement, limit)
     notes = () if result.agreed else (f"tokenizer: {result.summary()}",)
     return TokenizerVerdict((check,), (*notes, *_transformers_parts(source, strings)))
+
+
+def judge_vocabulary(both: FewerTokens, documents: Sequence[str]) -> Check:
+    """Hold a smaller vocabulary against the source's: the same tokens under other ids, and all text still readable."""
+    source, artifact = both.source, both.artifact
+    texts, ours = (
+        {token: text for text, token in one.backend.get_vocab().items()} for one in (source, artifact)
+    )
+    moved = [new for new, old in enumerate(both.kept) if ours.get(new) != texts.get(old)]
+    strings = (*(case.text for case in cases(source.added_tokens)), *documents)
+    lost = [t for t in strings if source.decode(source.encode(t)) != artifact.decode(artifact.encode(t))]
+    stops = sorted(both.kept[token] for token in artifact.stop_ids) == sorted(source.stop_ids)
+    problems = []
+    if len(ours) != len(both.kept) or moved:
+        named = f", {ours.get(moved[0])!r} first" if moved else ""
+        problems.append(f"{len(moved)} of {len(both.kept):,} tokens have the rows of others{named}")
+    if lost:
+        problems.append(
+            f"{len(lost)} of {len(strings):,} texts do not read back as before, {lost[0][:60]!r} first"
+        )
+    if not stops:
+        problems.append(
+            f"generation stops at {list(artifact.stop_ids)}, which are other tokens than the source's"
+        )
+    detail = f"{len(both.kept):,} of {len(texts):,} tokens, and {len(strings):,} texts read back as before"
+    return Check("vocabulary", not problems, "; ".join(problems) or detail)
 
 
 def _transformers_parts(source: SourceTokenizer, strings: Sequence[Case]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ prefixes in one call, as it will read prompts. The references read whole windows
 
 KL divergence is from the source's distribution to the artifact's, in nats; the perplexity ratio is that of the
 artifact to the source on the same text, per token of the source. Where the artifact has fewer tokens than the source,
-each reads the text in its own; see `vocabularies`.
+likelihoods are of the text in the tokens of each, and distributions are compared on the artifact's; see `vocabularies`.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class _Sums:
     nll: list[Tensor] = field(default_factory=list)
     lacking: list[Tensor] = field(default_factory=list)
     read: int = 0
-    """Tokens of the source in all."""
-    written: int = 0
-    """Tokens of the artifact in all."""
+    """The source's tokens of the text."""
+    alike: int = 0
+    """Those of them that the artifact reads too."""
     worst_kl: float = -1.0
     worst: str = ""
     worst_lowering: str = ""
@@ -81,21 +81,26 @@ def judge_decoder(
     sums = _Sums()
     vocabulary = int(references.source.config.get_text_config().vocab_size)
     for number, batch in enumerate(_batches(passages, vocabulary)):
-        theirs, ours = [one.source for one in batch], [one.artifact for one in batch]
+        texts, ours = [one.source for one in batch], [one.artifact for one in batch]
+        theirs = [one.as_source for one in batch]
         advance(0, "the source model reads")
-        originals = references.kept(f"source-{number}", partial(_read, references.source_model, theirs))
+        likelihoods = references.kept(f"text-{number}", partial(_read, references.source_model, texts))
+        originals = likelihoods
+        if theirs != texts:
+            originals = references.kept(f"source-{number}", partial(_read, references.source_model, theirs))
         quantizeds = references.kept(f"quantized-{number}", partial(_read, references.quantized_model, ours))
         lowereds = _read(lowered, ours)
         for index, passage in enumerate(batch):
             rows = slice(0, len(passage.artifact))
+            _score_text(sums, passage, likelihoods[index, : len(passage.source)], both)
             _score(
                 sums,
                 passage,
-                originals[index, : len(passage.source)],
+                both.shared(originals[index, rows]),
                 quantizeds[index, rows],
                 lowereds[index, rows],
                 session,
-                both,
+                both.artifact,
             )
             advance(len(passage.artifact), "the artifact reads")
     greedy = judge_greedy(references.source_model, session, both, passages, advance)
@@ -130,6 +135,14 @@ def _read(model: nn.Module, windows: Sequence[Window]) -> Tensor:
     return logits.to(torch.float32)
 
 
+def _score_text(sums: _Sums, passage: Passage, source: Tensor, both: Vocabularies) -> None:
+    """Score what the source says of the text in its own tokens, logits (tokens, vocabulary)."""
+    logs = F.log_softmax(source, -1)
+    sums.source_nll.append(_unlikelihood(logs, passage.source, passage.places[0][0]))
+    sums.lacking.append(both.lacking(logs))
+    sums.read, sums.alike = sums.read + len(passage.source), sums.alike + passage.alike
+
+
 def _score(
     sums: _Sums,
     passage: Passage,
@@ -137,27 +150,21 @@ def _score(
     quantized: Tensor,
     lowered: Tensor,
     session: DecoderSession,
-    both: Vocabularies,
+    tokenizer: SourceTokenizer,
 ) -> None:
-    """Score every place of a passage; logits are (tokens, vocabulary), of the side that they are named for."""
-    window, tokenizer = passage.artifact, both.artifact
+    """Score every token of the artifact; logits are (its tokens, its vocabulary)."""
+    window = passage.artifact
     decoded = torch.stack([session.logits([token], at) for at, token in enumerate(window)])
     source_log, artifact_log = F.log_softmax(source, -1), F.log_softmax(decoded, -1)
-    theirs, ours = ([count - 1 for count in counts] for counts in zip(*passage.places, strict=True))
-    at_places = _rows(source_log, theirs)
-    shared, here = both.shared(at_places), _rows(artifact_log, ours)
-    kl = _kl(shared, here)
+    kl = _kl(source_log, artifact_log)
     sums.kl.append(kl)
-    sums.quantization_kl.append(_kl(shared, _rows(F.log_softmax(quantized, -1), ours)))
-    sums.agree.append(shared.argmax(-1) == here.argmax(-1))
-    sums.lacking.append(both.lacking(at_places))
-    sums.source_nll.append(_unlikelihood(source_log, passage.source, theirs[0] + 1))
-    sums.nll.append(_unlikelihood(artifact_log, window, ours[0] + 1))
-    sums.read, sums.written = sums.read + len(passage.source), sums.written + len(window)
-    sums.examples.append(examples.furthest_in(window, ours, kl, shared, here, tokenizer))
+    sums.quantization_kl.append(_kl(source_log, F.log_softmax(quantized, -1)))
+    sums.agree.append(source.argmax(-1) == decoded.argmax(-1))
+    sums.nll.append(_unlikelihood(artifact_log, window, passage.places[0][1]))
+    sums.examples.append(examples.furthest_in(window, kl, source, decoded, tokenizer))
     if (largest := kl.max().item()) > sums.worst_kl or math.isnan(largest):
-        sums.worst_kl, at = largest, int(kl.argmax())
-        sums.worst = _where(window[: ours[at] + 1], shared[at], here[at], tokenizer)
+        sums.worst_kl = largest
+        sums.worst = _where(int(kl.argmax()), window, source, decoded, tokenizer)
     prefix = _prefix_length(len(window), len(sums.kl))
     prompt = session.logits(window[:prefix], 0).unsqueeze(0)
     _score_lowering(
@@ -167,11 +174,6 @@ def _score(
         torch.cat((lowered, lowered[prefix - 1 : prefix])),
         tokenizer,
     )
-
-
-def _rows(values: Tensor, index: Sequence[int]) -> Tensor:
-    """Return some rows; all of them without a copy."""
-    return values if len(index) == len(values) else values[torch.tensor(index)]
 
 
 def _unlikelihood(logs: Tensor, window: Window, start: int) -> Tensor:
@@ -203,13 +205,13 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-def _where(read: Window, source: Tensor, artifact: Tensor, tokenizer: SourceTokenizer) -> str:
+def _where(at: int, window: Window, source: Tensor, artifact: Tensor, tokenizer: SourceTokenizer) -> str:
     def preferred(logits: Tensor) -> str:
-        probability, token = logits.softmax(-1).max(-1)
+        probability, token = logits[at].softmax(-1).max(-1)
         return f"{tokenizer.decode([int(token)])!r} ({float(probability):.2f})"
 
     return (
-        f"they part most at token {len(read) - 1}, after {_text(tokenizer, read)}: "
+        f"they part most at token {at}, after {_text(tokenizer, window[: at + 1])}: "
         f"the source prefers {preferred(source)}, the artifact {preferred(artifact)}"
     )
 
@@ -238,9 +240,9 @@ def _quality(sums: _Sums, greedy: Greedy, both: Vocabularies) -> TokenQuality:
         greedy_agreement=greedy.agreement,
         greedy_first_difference=greedy.first_difference,
         greedy_text=greedy.text,
-        shared_places=kl.numel() / sums.read if fewer else None,
+        same_tokens=sums.alike / sums.read if fewer else None,
         lacking_mass=torch.cat(sums.lacking).mean().item() if fewer else None,
-        tokens_ratio=sums.written / sums.read if fewer else None,
+        tokens_ratio=kl.numel() / sums.read if fewer else None,
         examples=(*examples.worst(sums.examples), *greedy.examples),
     )
 

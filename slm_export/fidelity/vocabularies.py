@@ -1,17 +1,18 @@
 """How a source and its artifact read the same text, where the artifact has fewer tokens.
 
-A text is what both have in common, so it is what they are compared on: each reads it in its own tokens.
+A smaller vocabulary spells some words in several tokens where the source has one, so three questions are asked apart.
 
-    passage   a stretch of text in the tokens of both, and the places where both have read equally much of it.
-              Likelihoods are of the stretch, in the source's tokens: -log p of its text, whatever it was cut into,
-              over the number of tokens that the source reads it in
-    shared    at such a place both say how the text goes on. The source's probabilities are taken of the tokens that
-              both have, as shares of what it gives to those: has the artifact kept what it could keep? What the
-              others were worth shows in the likelihood of the text; how much the source gives to them is reported
-    spelled   a token that the artifact lacks is spelled by others
-    reread    what the artifact writes is text too, which the source reads in its own tokens
+    Is a text as likely as before? Each reads it in its own tokens: -log p of the whole text, whatever it was cut into,
+    over the number of tokens that the source reads it in.
 
-With one vocabulary for both, every place is common and everything is as it stands.
+    Is the artifact still the model that it was made from? The source can read the artifact's tokens too, for it has
+    them all. It does, token by token, and its probabilities are taken of the tokens that both have, as shares of what
+    it gives to those.
+
+    Is what it writes good text? The source reads it in its own tokens, and says how it would have gone on.
+
+What the lost tokens were worth shows in the first and the third; the second is what it is for one vocabulary: the price
+of the bits. With one vocabulary for both, all three are asked of the same tokens.
 """
 
 from __future__ import annotations
@@ -43,14 +44,27 @@ class Passage:
 
     source: Window
     artifact: Window
+    as_source: Window
+    """The artifact's tokens under the source's ids."""
     places: tuple[Place, ...]
     """Where both have read equally much, at least one token each; the last is the end of the stretch."""
+
+    @property
+    def alike(self) -> int:
+        """How many tokens of the source the artifact reads as the same token."""
+        ends = {(0, 0), *self.places}
+        return sum(
+            (i - 1, j - 1) in ends and self.source[i - 1] == self.as_source[j - 1] for i, j in self.places
+        )
 
     def beginning(self, most: int) -> Passage:
         """Return the beginning of at most so many of the artifact's tokens; up to the first place if that is more."""
         own, artifact = max((p for p in self.places if p[1] <= most), default=self.places[0])
         return Passage(
-            self.source[:own], self.artifact[:artifact], tuple(p for p in self.places if p[1] <= artifact)
+            self.source[:own],
+            self.artifact[:artifact],
+            self.as_source[:artifact],
+            tuple(p for p in self.places if p[1] <= artifact),
         )
 
 
@@ -69,7 +83,7 @@ class Vocabularies(Protocol):
         """Cut documents into stretches of at most ``length`` tokens on either side, ``limit`` tokens in all."""
 
     def shared(self, logs: Tensor) -> Tensor:
-        """Return the source's log probabilities (n, its vocabulary) among the artifact's tokens (n, vocabulary)."""
+        """Return the source's log probabilities (n, its vocabulary) among the tokens that both have (n, those)."""
 
     def lacking(self, logs: Tensor) -> Tensor:
         """Return the probability (n,) that the source gives to tokens that the artifact lacks."""
@@ -95,7 +109,7 @@ class OneVocabulary:
     def passages(self, documents: Sequence[str], length: int, limit: int) -> tuple[Passage, ...]:
         """Cut documents into windows."""
         windows = token_windows(documents, self.source.encode, length, _opening(self.source), limit)
-        return tuple(Passage(window, window, _all_places(len(window))) for window in windows)
+        return tuple(Passage(window, window, window, _all_places(len(window))) for window in windows)
 
     def shared(self, logs: Tensor) -> Tensor:
         """Return them as they are."""
@@ -199,6 +213,7 @@ class FewerTokens:
             yield Passage(
                 (*before, *theirs[i : places[end][0]]),
                 (*after, *ours[j : places[end][1]]),
+                (*(self.kept[token] for token in after), *as_source[j : places[end][1]]),
                 tuple(place for place in shifted if place[0]),
             )
             start = end
