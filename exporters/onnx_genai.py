@@ -39,7 +39,7 @@ def write_config(
             "present_key_names": "present.%d.key",
             "present_value_names": "present.%d.value",
         },
-        "num_attention_heads": config.num_attention_heads,
+        "num_attention_heads": layers[0].heads,
         "num_hidden_layers": len(layers),
         "num_key_value_heads": layers[0].kv_heads,
     }

@@ -30,6 +30,8 @@ Rounding = Callable[[Tensor, Weight], Tensor]
 class AttentionShape:
     """What one attention layer needs of its cache."""
 
+    heads: int
+    """Of queries."""
     kv_heads: int
     head_dim: int
     context: int

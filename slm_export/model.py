@@ -220,23 +220,24 @@ def _attend(
     if part is not None:
         return part(query, key, value), None
     report: Callable[..., None] = module.report_attention  # type: ignore[assignment]
-    report(module, key, scaling or query.shape[-1] ** -0.5, options)
+    report(module, query, key, scaling or query.shape[-1] ** -0.5, options)
     return query.transpose(1, 2), None
 
 
 def _put_caches(decoder: Decoder, dialect: Dialect) -> None:
     """Give every attention layer its cache.
 
-    What a layer needs (key-value heads, their width, a window) is seen by running the model once on fake
+    What a layer needs (heads, their width, a window) is seen by running the model once on fake
     tensors, so nothing has to be known about the family's configuration keys.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     shapes: dict[nn.Module, AttentionShape] = {}
 
-    def report(layer: nn.Module, key: Tensor, scaling: float, options: dict[str, Any]) -> None:
+    def report(layer: nn.Module, query: Tensor, key: Tensor, scaling: float, options: dict[str, Any]) -> None:
         refuse_unknown(options)
         shapes[layer] = AttentionShape(
+            heads=int(query.shape[1]),
             kv_heads=int(key.shape[1]),
             head_dim=int(key.shape[3]),
             context=decoder.context,
