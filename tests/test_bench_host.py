@@ -11,20 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from conftest import command, environment
-from forked import Forked
 from rich.console import Console
 
+from slm_export.bench.command import BenchRequest, bench
 from slm_export.bench.engines import open_engine
 from slm_export.bench.figures import Measurement, Speed, Spoken, Spread, ratios, speeds
 from slm_export.bench.file_cache import evict, resident_share
+from slm_export.bench.runners.executorch import LlamaMain
+from slm_export.bench.runners.prompts import open_tokenizer, text_of
 from slm_export.bench.show import print_measurements
 from slm_export.bench.workload import GENERATED, Turn, Workload
 from slm_export.child import Child
+from slm_export.cli import cli
 from slm_export.errors import InputError, MachineError, MissingComponentError
 from slm_export.exporters.executorch import ExecuTorchExporter
 from slm_export.load import load_checkpoint
 from slm_export.optimizers.group_quantize import GroupQuantize
+from slm_export.progress import Progress
 from slm_export.runtime import ExportOptions
 
 CONTEXT = 48
@@ -132,30 +137,37 @@ def test_the_table_has_a_column_for_each_and_one_for_the_ratio() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "words"),
+    ("name", "options", "error", "words"),
     [
-        (("missing.pte",), 2, "no such file or folder"),
-        (("model.bin",), 2, "neither a bundle nor a file that ends in"),
-        (("broken.pte",), 2, "ExecuTorch cannot load it"),
-        (("ours.pte", "--prefill", "48"), 2, "--prefill 48: the artifact has room for 47 tokens"),
-        (("ours.pte", "--prefill", "12,x"), 2, "no list of token counts"),
-        (("ours.pte", "--format", "litert"), 2, "is executorch, not litert"),
-        (("ours.pte", "--device", "phone"), 2, "--device: belongs to a device"),
-        (("ours.pte", "--runs", "0"), 2, "0 is not in the range"),
-        (("Model.mlpackage",), 3, "nothing can be timed on this machine"),
+        ("missing.pte", {}, InputError, "no such file or folder"),
+        ("model.bin", {}, InputError, "neither a bundle nor a file that ends in"),
+        ("broken.pte", {}, InputError, "ExecuTorch cannot load it"),
+        ("ours.pte", {"prefill": (48,)}, InputError, "--prefill 48: the artifact has room for 47 tokens"),
+        ("ours.pte", {"format": "litert"}, InputError, "is executorch, not litert"),
+        ("ours.pte", {"device": "phone"}, InputError, "--device: belongs to a device"),
+        ("ours.pte", {"runner": "llama_main"}, InputError, "--runner: belongs to a device"),
+        ("Model.mlpackage", {}, MissingComponentError, "nothing can be timed on this machine"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
-    options: tuple[str, ...], code: int, words: str, program: Path, tmp_path: Path, quick_cli: Forked
+    name: str, options: dict[str, Any], error: type[Exception], words: str, program: Path, tmp_path: Path
 ) -> None:
     shutil.copy(program, tmp_path)
     (tmp_path / "model.bin").write_bytes(b"weights")
     (tmp_path / "broken.pte").write_bytes(b"not a program" * 100)
     (tmp_path / "Model.mlpackage").mkdir()
-    done = quick_cli("bench", *options, cwd=tmp_path)
-    assert done.returncode == code, done.stderr
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(error, match=words):
+        bench(BenchRequest(tmp_path / name, **options), Progress(silent=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(("--prefill", "12,x"), "no list of token counts"), (("--runs", "0"), "0 is not in the range")],
+)
+def test_options_that_are_no_numbers_are_wrong_input(options: tuple[str, ...], words: str) -> None:
+    done = CliRunner().invoke(cli, ["bench", "ours.pte", *options])
+    assert done.exit_code == InputError.exit_code
+    assert words in done.output
 
 
 def test_a_gguf_file_needs_its_own_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +228,43 @@ def test_a_file_that_was_read_is_in_memory_until_it_is_let_go_of(tmp_path: Path)
     assert resident_share(file) == 1
     # A file system in memory has nowhere to put it, and then it must not count as gone.
     assert evict(file) == (resident_share(file) <= 0.02)
+
+
+REAL_RUNNER = """
+import sys
+from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+from slm_export.exporters.executorch_session import load_runtime
+
+load_runtime()
+program, tokenizer, prompt = sys.argv[1:]
+runner = TextLLMRunner(program, tokenizer)
+runner.generate(open(prompt).read(), GenerationConfig(temperature=0.0, max_new_tokens=9), print)
+"""
+
+
+def test_what_the_installed_executorch_prints_is_understood(
+    program: Path, pycode: Path, tmp_path: Path
+) -> None:
+    """Its LLM runner itself, whose figures llama_main prints."""
+    tokenizer = pycode / "tokenizer.json"
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(text_of(open_tokenizer(tokenizer), 16), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", REAL_RUNNER, program, tokenizer, prompt],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    spoken = LlamaMain().parse(done.stdout, Turn(16, 8))
+    assert spoken is not None
+    assert spoken.read == 16
+    assert spoken.wrote is not None
+    assert 0 < spoken.wrote <= 8  # it may stop at the end of a text
+    assert spoken.prefill_s is not None
+    assert spoken.decode_s is not None
+    assert spoken.load_ms is not None
 
 
 CHILD = """

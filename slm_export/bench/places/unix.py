@@ -76,14 +76,14 @@ class UnixFolder:
         with tempfile.TemporaryDirectory(prefix="slm-export-") as here:
             local = Path(here) / "out.txt"
             self._connection.pull(f"{self.path}/out.txt", local)
-            output = local.read_text(encoding="utf-8", errors="replace") + said
+            output, _, peak = local.read_text(encoding="utf-8", errors="replace").rpartition("VmHWM:")
         if code in _REFUSED:
             raise MachineError(
-                f"{self._connection.title}: the runner does not start: {_REFUSED[code]}\n{_last_lines(output)}"
+                f"{self._connection.title}: the runner does not start: {_REFUSED[code]}\n{_last_lines(output or peak)}"
             )
-        _, peak = self._connection.shell(f"cat {self._quoted}/peak.txt", "read the peak of memory")
-        words = peak.split()
-        return Ran(code, output, int(words[1]) / 1024 if words[:1] == ["VmHWM:"] else None)
+        if not output:  # it ended before its memory was seen
+            return Ran(code, peak + said, None)
+        return Ran(code, output + said, int(peak.split()[0]) / 1024)
 
     def clean_up(self) -> None:
         """End the program if it still runs, and remove the folder."""

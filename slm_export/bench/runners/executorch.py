@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from slm_export.bench.figures import Spoken
-from slm_export.bench.runners.prompts import text_of
+from slm_export.bench.runners.prompts import open_tokenizer, text_of
 from slm_export.bench.subject import Subject
 from slm_export.bench.workload import Turn, Workload
 from slm_export.errors import InputError
-from slm_export.tokenizer import SourceTokenizer
 
 _EXECUTIONS = 20
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
@@ -42,7 +41,7 @@ class LlamaMain:
             )
         folder = subject.tokenizer.parent
         files = {name: folder / name for name in _TOKENIZER if (folder / name).is_file()}
-        tokenizer = SourceTokenizer.load(folder)
+        tokenizer = open_tokenizer(subject.tokenizer)
         for turn in turns:
             path = scratch / _prompt(turn)
             path.write_text(text_of(tokenizer, turn.prompt), encoding="utf-8")
