@@ -59,7 +59,9 @@ def diff_command(
         print_json(difference_json(found, cases.checks))
     else:
         print_difference(stdout(), found, cases.checks)
-    failed = [check.name for group in cases.checks.values() for check in group if not check.passed]
+    failed = [
+        f"{name}: {check.name}" for name, group in cases.checks.items() for check in group if not check.passed
+    ]
     if failed and as_json:
         sys.exit(GateError.exit_code)
     if failed:

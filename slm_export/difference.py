@@ -127,7 +127,9 @@ def judge(found: Difference, limits: DiffLimits) -> dict[str, tuple[Check, ...]]
         bundle.append(_bounded("codes_changed", share, limits.max_codes_changed, detail))
     if limits.max_toolchain_changes is not None:
         count = float(len(found.toolchain))
-        detail = ", ".join(f"{name} {a or 'none'} -> {b or 'none'}" for name, (a, b) in found.toolchain.items())
+        detail = ", ".join(
+            f"{name} {a or 'none'} -> {b or 'none'}" for name, (a, b) in found.toolchain.items()
+        )
         bundle.append(_bounded("toolchain_changes", count, limits.max_toolchain_changes, detail))
     return {**checks, "bundle": tuple(bundle)}
 
@@ -156,6 +158,14 @@ def _bounded(name: str, value: float | None, limit: float, detail: str) -> Check
 def to_json(found: Difference, checks: dict[str, tuple[Check, ...]]) -> dict[str, Any]:
     """Return the difference and its verdict as JSON values."""
     document = asdict(found)
+    document["figures"] = {
+        format: {
+            one.name: {"old": pair[0], "new": pair[1], "change": one.change(*pair)}
+            for one in FIGURES
+            if (pair := figures.get(one.name)) is not None
+        }
+        for format, figures in found.figures.items()
+    }
     if found.codes is not None:
         document["blocks"] = [{**asdict(block), "share": block.share} for block in by_block(found.codes)]
         document["codes_changed"] = share_changed(found.codes)
