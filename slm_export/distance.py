@@ -24,19 +24,20 @@ _LOGITS_BYTES = 512 << 20
 """Of the source's log probabilities, which stand in memory."""
 
 
+def spread(windows: Sequence[Window], tokens: int) -> tuple[Window, ...]:
+    """Return windows of about so many tokens in all, from everywhere in a text: its files differ; at least one."""
+    step = max(1, round(sum(map(len, windows)) / tokens))
+    return tuple(windows[::step])
+
+
 class Distance:
     """What a source says of some text, to hold others against."""
 
     def __init__(self, source: Checkpoint, windows: Sequence[Window], tokens: int) -> None:
-        """Let the source read the first windows, about ``tokens`` tokens of them; at least one."""
+        """Let the source read about ``tokens`` tokens of the windows."""
         vocabulary = int(source.config.get_text_config().vocab_size) if source.task == GENERATION else 1
-        most = min(tokens, _LOGITS_BYTES // (4 * vocabulary))
-        chosen: list[Window] = []
-        for window in windows:
-            if chosen and sum(map(len, chosen)) + len(window) > most:
-                break
-            chosen.append(window[:most])
-        self._task, self._windows = source.task, tuple(chosen)
+        self._task = source.task
+        self._windows = spread(windows, min(tokens, _LOGITS_BYTES // (4 * vocabulary)))
         self._said = self._read(source)
 
     @property

@@ -56,6 +56,8 @@ class _Mlp:
     out: str
     fused: int = 1
     """Matrices that one matrix holds, one above the other."""
+    alone: bool = True
+    """Whether the module that has them has nothing else."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -115,8 +117,8 @@ _MLPS = (
     _Mlp(("fc1",), "fc2"),  # Phi
     _Mlp(("c_fc",), "c_proj"),  # GPT-2
     _Mlp(("lin1",), "lin2"),  # DistilBERT, FlauBERT
-    _Mlp(("ffn",), "ffn_output"),  # ALBERT
-    _Mlp(("intermediate.dense",), "output.dense"),  # BERT, RoBERTa, MobileBERT
+    _Mlp(("ffn",), "ffn_output", alone=False),  # ALBERT
+    _Mlp(("intermediate.dense",), "output.dense", alone=False),  # BERT, RoBERTa, MobileBERT
 )
 _ATTENTIONS = (
     _Attention(("q_proj", "k_proj", "v_proj"), "o_proj"),
@@ -145,7 +147,7 @@ def mlps(checkpoint: Checkpoint, asking: str) -> tuple[Parts, ...]:
     for path, kind in _found(checkpoint, _MLPS):
         into = [f"{path}.{name}" for name in kind.into]
         width = _shape(checkpoint, into[0])[0] // kind.fused
-        if "." not in kind.out:
+        if kind.alone:
             _refuse_unknown(checkpoint, path, kind.names, asking)
         rows = torch.arange(width * kind.fused).view(kind.fused, width).t()
         columns = torch.arange(width).unsqueeze(1)
@@ -241,7 +243,7 @@ def _refuse_unknown(checkpoint: Checkpoint, path: str, known: Sequence[str], ask
         rest = name.removeprefix(f"{path}.")
         if rest != name and rest.rpartition(".")[0] not in known:
             raise InputError(
-                f"{asking}: {name} is not known to belong to no part of {path}; leave the pass out"
+                f"{asking}: {name} may belong to parts of {path}, and is not known here; leave the pass out"
             )
 
 

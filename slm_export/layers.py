@@ -144,7 +144,7 @@ def hollow_weight(weight: Weight) -> Weight:
 _SMALL = 1 << 16  # caches are larger, and empty
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
 _PLAIN = (int, float, str, tuple, list, type(None))
-_WHICH = frozenset({"layer_idx", "name", "keys", "index"})
+_WHICH = frozenset({"layer_idx", "layer_id", "name", "keys", "index"})
 """Attributes of layers and of dialects' parts that say which layer they are of, and so differ between copies."""
 
 

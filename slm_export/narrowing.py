@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slm_export.calibration import Calibration, Window
 from slm_export.checkpoint import Checkpoint, PassResult
-from slm_export.distance import Distance
+from slm_export.distance import Distance, spread
 from slm_export.errors import InputError
 from slm_export.geometry import Parts
 from slm_export.moments import Moments, refit, second_moments
@@ -63,7 +63,7 @@ def narrowed(checkpoint: Checkpoint, layers: Sequence[Parts], wanted: Wanted, wo
     text = work.text(wanted.asking)
     count(layers, wanted)  # an error in the options is told of before the model reads
     with work.folder() as folder:
-        narrowing = Narrowing(checkpoint, layers, wanted, _first(text.learning, wanted.tokens), folder, work)
+        narrowing = Narrowing(checkpoint, layers, wanted, spread(text.learning, wanted.tokens), folder, work)
         gone = narrowing.allocation(text)
         made: dict[str, Weight] = {}
         for parts, number in zip(layers, gone, strict=True):
@@ -243,15 +243,6 @@ def _kept(made: Mapping[str, Dense], work: Workbench) -> dict[str, Weight]:
         return lambda: made[name]
 
     return {name: work.keeper.keep(name, of(name)) for name in made}
-
-
-def _first(windows: Sequence[Window], tokens: int) -> list[Window]:
-    chosen: list[Window] = []
-    for window in windows:
-        if chosen and sum(map(len, chosen)) >= tokens:
-            break
-        chosen.append(window)
-    return chosen
 
 
 def _refuse_quantized(checkpoint: Checkpoint, layers: Sequence[Parts], asking: str) -> None:
