@@ -32,7 +32,7 @@ from slm_export.model import build_reference
 from slm_export.optimize import optimize
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.progress import Progress
-from slm_export.provenance import source_sha256
+from slm_export.provenance import refuse_large_vocabulary, source_sha256
 from slm_export.recipe import Recipe, make_pass, options_of
 from slm_export.results import Report
 from slm_export.sensitivity import count, measure
@@ -113,6 +113,7 @@ def _read(plan: Plan, progress: Progress) -> tuple[Problem, Expectation]:
     with progress.stage("read the model"):
         source = load_checkpoint(folder)
         tokenizer = SourceTokenizer.load(folder)
+    refuse_large_vocabulary(source, tokenizer)
     for exporter in plan.exporters:
         exporter.check(source)
     problem = Problem(plan, folder, source, tokenizer, *_split(plan.recipe))
