@@ -23,7 +23,7 @@ from slm_export.tokenizer import SourceTokenizer
 
 TOKENS = 60
 PROMPT, GENERATED = "def save(family: Family", 30
-QUICK = ("gemma-2", "phi-4-mini", "gpt-2")
+QUICK = ("gemma-2", "gpt-2")
 
 
 @dataclass(frozen=True)
