@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -103,8 +104,8 @@ class Quantized:
     def float32(self) -> Tensor:
         """Return code * scale, float32 (out, in)."""
         packed, scales = self.load()
-        codes = unpack(packed, self.bits).to(torch.float32).view(*scales.shape, self.group)
-        return (codes * scales.unsqueeze(-1)).view(self.shape)
+        codes = _float_codes(packed, self.bits).view(*scales.shape, self.group)
+        return codes.mul_(scales.unsqueeze(-1)).view(self.shape)
 
     def rows(self, index: Tensor | slice) -> Tensor:
         """Return some rows as float32 (rows, in)."""
@@ -215,6 +216,22 @@ def unpack_int4(packed: Tensor) -> Tensor:
     # An arithmetic shift of the signed byte extends the sign of the high nibble.
     signed = packed.view(torch.int8)
     return torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(1)
+
+
+def _float_codes(packed: Tensor, bits: int) -> Tensor:
+    """Return codes as `unpack` does, but float32 in memory of their own."""
+    if bits == 8:
+        return packed.to(torch.float32)
+    # Two values at a time out of a table: several times as fast as shifting, stacking and converting.
+    pairs = _pairs_of_nibbles().index_select(0, packed.flatten().to(torch.int32))
+    return pairs.view(torch.float32).view(packed.shape[0], -1)
+
+
+@lru_cache(maxsize=1)
+def _pairs_of_nibbles() -> Tensor:
+    """Return the two codes of every byte as float32 (256, 2), each pair seen as one int64: (256,)."""
+    packed = torch.arange(256, dtype=torch.uint8).view(256, 1)
+    return unpack_int4(packed).to(torch.float32).view(torch.int64).flatten()
 
 
 def pack_indices(indices: Tensor, bits: int) -> Tensor:

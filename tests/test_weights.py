@@ -27,6 +27,16 @@ def test_every_pair_of_codes_survives_packing():
     assert torch.equal(unpack_int4(pack_int4(codes)), codes)
 
 
+def test_values_are_codes_times_scales_for_every_byte():
+    packed = torch.arange(256, dtype=torch.uint8).view(4, 64)
+    weight = Quantized.of((4, 128), 4, packed, torch.tensor([[0.5, 2.0]]).repeat(4, 1))
+    codes = unpack_int4(packed).to(torch.float32)
+    expected = torch.cat((codes[:, :64] * 0.5, codes[:, 64:] * 2.0), dim=1)
+    for _ in range(2):  # the table that codes are read from is not written to
+        assert torch.equal(weight.float32(), expected)
+    assert torch.equal(weight.rows(slice(1, 3)), expected[1:3])
+
+
 def test_every_byte_survives_unpacking():
     packed = torch.arange(256, dtype=torch.uint8).view(16, 16)
     assert torch.equal(pack_int4(unpack_int4(packed)), packed)
