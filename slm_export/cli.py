@@ -125,6 +125,11 @@ def cli() -> None:
     type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
     help="The same for encoders of embeddings: mean cosine to the source's, such as 0.99.",
 )
+@click.option(
+    "--pareto",
+    is_flag=True,
+    help="Print and plot size against quality of the best recipes, and export nothing.",
+)
 @click.option("--context", type=click.IntRange(min=1), help="Tokens that the KV cache holds.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option(
@@ -137,7 +142,7 @@ def cli() -> None:
 @click.option("--no-bench", is_flag=True, help="Skip the measurement of speed.")
 @_JUNIT
 @_JSON
-def export(as_json: bool, junit: Path | None, **options: Any) -> None:
+def export(as_json: bool, junit: Path | None, pareto: bool, **options: Any) -> None:
     """Quantize MODEL for a device, write it, prove it, and leave a bundle that an app can ship.
 
     MODEL is a Hugging Face model folder, the name of a model on the hub, a .keras file or a SavedModel folder. Without
@@ -145,6 +150,11 @@ def export(as_json: bool, junit: Path | None, **options: Any) -> None:
     """
     from slm_export.junit import recorded
 
+    if pareto:
+        from slm_export.pareto_command import pareto_command
+
+        pareto_command(_request(options), as_json)
+        return
     with recorded(junit, "export") as cases:
         from slm_export.commands import export_command
 

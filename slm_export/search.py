@@ -26,6 +26,7 @@ from slm_export.compilation import Plan, check_gates, context_for
 from slm_export.costs import FORMATS, Speed, host_bandwidth
 from slm_export.errors import InputError
 from slm_export.expectation import Expectation, Loss, loss_limit
+from slm_export.frontier import frontier
 from slm_export.hub import find_model
 from slm_export.load import check_values, load_checkpoint
 from slm_export.model import build_reference
@@ -67,16 +68,26 @@ class Problem:
         """What was asked for."""
         return self.plan.request.budget
 
-    def planned(self, allocation: Allocation, note: str) -> Plan:
-        """Return the plan of an export with this allocation, the budget as its gates."""
+    def recipe(self, allocation: Allocation) -> Recipe:
+        """Return the plan's recipe with this allocation."""
         options = {**options_of(self.quantizing), **tables_of(allocation)}
-        step = make_pass(self.quantizing.name, options, "the budget's recipe")
-        recipe = (*self.before, step, *self.after)
+        return (*self.before, make_pass(self.quantizing.name, options, "the budget's recipe"), *self.after)
+
+    def planned(self, expected: Expectation, allocation: Allocation, note: str) -> Plan:
+        """Return the plan of an export with this allocation, the budget as its gates."""
+        recipe = self.recipe(allocation)
         request = self.plan.request
         text = request.calibration if any(one.calibrated for one in recipe) else None
         gates = self.budget.gates(_measured_here(self.plan)).over(request.gates)
         request = replace(request, gates=gates, calibration=text)
-        return replace(self.plan, request=request, recipe=recipe, notes=(*self.plan.notes, note))
+        points = frontier(expected, allocation) if self.source.task == GENERATION else ()
+        return replace(
+            self.plan,
+            request=request,
+            recipe=recipe,
+            notes=(*self.plan.notes, note),
+            frontier=tuple(point.shown for point in points),
+        )
 
 
 def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
@@ -86,15 +97,15 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
         InputError: the budget contradicts itself or the model, which is told before anything is made.
         FailedGateError: what was measured is not within the budget, nor what was tried after it.
     """
-    problem, expected = _read(plan, progress)
+    problem, expected = read_problem(plan, progress)
     plan.ready()
-    expected = _with_costs(problem, expected, progress)
-    allocation = _first(expected, problem.budget)
+    expected, _ = with_costs(problem, expected, progress)
+    allocation = first_allocation(expected, problem.budget)
     for left in reversed(range(ROUNDS)):
         note = _words(expected, allocation)
         progress.say(note)
         try:
-            return driver.export(problem.planned(allocation, note), progress)
+            return driver.export(problem.planned(expected, allocation, note), progress)
         except driver.FailedGateError as error:
             if not left or not _of_the_budget(error.report, problem.budget):
                 raise
@@ -106,7 +117,7 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
     raise AssertionError
 
 
-def _read(plan: Plan, progress: Progress) -> tuple[Problem, Expectation]:
+def read_problem(plan: Plan, progress: Progress) -> tuple[Problem, Expectation]:
     """Read headers, and refuse what they show to be impossible."""
     check_gates(plan)
     folder = find_model(plan.model, plan.request.revision)
@@ -228,7 +239,15 @@ def _in_units(limit: Limit, value: float, budget: Budget, expected: Expectation)
     return megabytes(max(0, math.ceil(value)))
 
 
-def _with_costs(problem: Problem, expected: Expectation, progress: Progress) -> Expectation:
+@dataclass(frozen=True)
+class Measured:
+    """What was needed to measure costs, for who measures more."""
+
+    source_sha256: str
+    text: Calibration
+
+
+def with_costs(problem: Problem, expected: Expectation, progress: Progress) -> tuple[Expectation, Measured]:
     """Measure what every choice costs."""
     source, plan = problem.source, problem.plan
     with progress.stage("check every weight", total=len(source.weights)) as stage:
@@ -243,7 +262,7 @@ def _with_costs(problem: Problem, expected: Expectation, progress: Progress) -> 
         refuse_impossible(expected, plan.request.budget)
     with progress.stage("measure what bits cost", total=count(checkpoint)) as stage:
         costs = measure(checkpoint, sha256, text, stage.advance)
-    return replace(expected, loss=Loss(costs))
+    return replace(expected, loss=Loss(costs)), Measured(sha256, text)
 
 
 def _text(problem: Problem, progress: Progress) -> Calibration:
@@ -257,7 +276,7 @@ def _text(problem: Problem, progress: Progress) -> Calibration:
         return own_calibration(build_reference(source), tokenizer, source.positions, stage.advance)
 
 
-def _first(expected: Expectation, budget: Budget) -> Allocation:
+def first_allocation(expected: Expectation, budget: Budget) -> Allocation:
     """Return the first allocation to try; InputError where cost and quality contradict each other."""
     found = expected.allocate(budget)
     if found is None and budget.limits_cost:
