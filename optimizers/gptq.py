@@ -34,6 +34,8 @@ class Gptq(GroupQuantize):
 
     name: ClassVar[str] = "gptq"
     calibrated: ClassVar[bool] = True
+    targets: ClassVar[bool] = False
+    """Whether ``round_block`` wants to know what the source's block makes of the source's hidden states."""
 
     damping: float = 0.01
     """Added to the diagonal of the measured second moments, as a share of its mean."""
@@ -55,7 +57,7 @@ class Gptq(GroupQuantize):
         text = work.text(self.name)
         with work.folder() as folder:
             try:
-                walk = Walk(checkpoint, text.learning, folder, advance=work.advance)
+                walk = Walk(checkpoint, text.learning, folder, targets=self.targets, advance=work.advance)
             except CannotWalk as error:
                 rounded: dict[str, Weight] = {}
                 notes: tuple[str, ...] = (f"matrices were rounded without calibration: {error}",)

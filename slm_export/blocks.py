@@ -92,11 +92,15 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return path, lists[path]
 
 
+def checkpoint_path(model: nn.Module, path: str) -> str:
+    """Return what the checkpoint calls a module."""
+    return path.removeprefix("model.") if isinstance(model, Encoder) else path
+
+
 def linears_of(model: nn.Module, path: str) -> dict[str, LiveLinear]:
     """Return the linear layers below a path by the names of their matrices in the checkpoint; "" is the whole model."""
-    prefix = "model." if isinstance(model, Encoder) else ""
     return {
-        f"{path}.{name}.weight".removeprefix(".").removeprefix(prefix): part
+        f"{checkpoint_path(model, f'{path}.{name}'.strip('.'))}.weight": part
         for name, part in model.get_submodule(path).named_modules()
         if isinstance(part, LiveLinear)
     }

@@ -26,6 +26,7 @@ from slm_export.blocks import (
     CannotWalk,
     LiveDialect,
     LiveLinear,
+    checkpoint_path,
     find_blocks,
     linears_of,
     record_calls,
@@ -38,7 +39,7 @@ from slm_export.checkpoint import Checkpoint
 from slm_export.model import build_reference
 from slm_export.weights import Weight
 
-BATCH = 2048
+BATCH = 1024
 """Tokens that go through a block at a time."""
 _LIVE, _SOURCE = "live", "source"
 
@@ -74,6 +75,8 @@ class Block:
     """One block at work: its matrices are in memory, its inputs in a file."""
 
     index: int
+    path: str
+    """In the names of the checkpoint: model.layers.3"""
     module: nn.Module
     linears: Mapping[str, LiveLinear]
     """By parameter name."""
@@ -162,6 +165,7 @@ class Walk:
         """Remove the hidden states: a walk over this folder begins at the first block."""
         for path in self._folder.glob("hidden-*"):
             path.unlink()
+        self._first = 0
 
     def _last_left(self) -> int:
         """Return the last block whose inputs are there."""
@@ -189,6 +193,7 @@ class Walk:
             linear.matrix = linear.source.float32()
         block = Block(
             index=index,
+            path=checkpoint_path(self._model, f"{self._path}.{index}"),
             module=self._blocks[index],
             linears=linears,
             stages=(),

@@ -12,19 +12,35 @@ from typing import Any
 
 from slm_export.checkpoint import Checkpoint, Pass
 from slm_export.errors import InputError, suggestion
+from slm_export.optimizers.awq import Awq
 from slm_export.optimizers.drop_layers import DropLayers
 from slm_export.optimizers.gptq import Gptq
 from slm_export.optimizers.group_quantize import GroupQuantize
+from slm_export.optimizers.learned_rounding import LearnedRounding
 from slm_export.optimizers.palettize import Palettize
 from slm_export.optimizers.prune_kv_groups import PruneKvGroups
 from slm_export.optimizers.prune_neurons import PruneNeurons
+from slm_export.optimizers.recover import Recover
+from slm_export.optimizers.rotate import Rotate
 from slm_export.optimizers.trim_vocabulary import TrimVocabulary
 from slm_export.profile import RecipeStep
 from slm_export.weights import Dense
 
 PASSES: Mapping[str, type[Pass]] = {
     cls.name: cls
-    for cls in (DropLayers, PruneKvGroups, PruneNeurons, TrimVocabulary, GroupQuantize, Gptq, Palettize)
+    for cls in (
+        DropLayers,
+        PruneKvGroups,
+        PruneNeurons,
+        TrimVocabulary,
+        Rotate,
+        Awq,
+        GroupQuantize,
+        Gptq,
+        LearnedRounding,
+        Palettize,
+        Recover,
+    )
 }
 
 Recipe = tuple[Pass, ...]

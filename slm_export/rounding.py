@@ -78,7 +78,7 @@ def weighted_scales(values: Tensor, weights: Tensor, bits: int, group: int) -> T
     for clip in _CLIPS[bits]:
         scale = largest / clip
         for _ in range(2):
-            codes = _nearest(groups, scale.clamp_min(SMALLEST_SCALE).unsqueeze(-1), bits)
+            codes = nearest(groups, scale.clamp_min(SMALLEST_SCALE).unsqueeze(-1), bits)
             scale = (codes * groups * per_column).sum(-1) / (codes.square() * per_column).sum(-1).clamp_min(
                 1e-30
             )
@@ -101,7 +101,7 @@ def feed_back(values: Tensor, gram: Tensor, scales: Tensor, bits: int, act_order
         errors = torch.empty(stop - start, columns.shape[1])
         for j in range(start, stop):
             step = steps[order[j] // group]
-            codes[j] = _nearest(columns[j], step, bits)
+            codes[j] = nearest(columns[j], step, bits)
             errors[j - start] = (columns[j] - codes[j] * step) / upper[j, j]
             columns[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j - start], alpha=-1)
         columns[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
@@ -120,7 +120,7 @@ def descend(values: Tensor, gram: Tensor, codes: Tensor, scales: Tensor, bits: i
         moved = torch.empty(stop - start, columns.shape[1])
         for j in range(start, stop):
             step = steps[j // group]
-            best = _nearest(columns[j] * step + slope[j] / gram[j, j], step, bits)
+            best = nearest(columns[j] * step + slope[j] / gram[j, j], step, bits)
             moved[j - start] = (best - columns[j]) * step
             columns[j] = best
             slope[j:stop].addr_(gram[j, j:stop], moved[j - start], alpha=-1)
@@ -174,7 +174,8 @@ def _inverse_factor(gram: Tensor) -> Tensor:
         more = max(1e-3, more * 10)
 
 
-def _nearest(values: Tensor, step: Tensor, bits: int) -> Tensor:
+def nearest(values: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Return the codes next to values, float32, of steps of the same shape or one that broadcasts."""
     return (values / step).round_().clamp_(*CODE_RANGE[bits])
 
 
@@ -184,4 +185,4 @@ def _values(codes: Tensor, scales: Tensor) -> Tensor:
 
 def _weighted_error(groups: Tensor, scales: Tensor, weights: Tensor, bits: int) -> Tensor:
     steps = scales.unsqueeze(-1)
-    return ((groups - _nearest(groups, steps, bits) * steps).square() * weights).sum(-1)
+    return ((groups - nearest(groups, steps, bits) * steps).square() * weights).sum(-1)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import small_models
 import torch
+from small_models import divergence, random_text
 from torch import Tensor
-from transformers import AlbertConfig, AlbertModel, LlamaConfig, LlamaForCausalLM
+from transformers import AlbertConfig, AlbertModel
 
 from slm_export.blockwise import Block
 from slm_export.calibration import Calibration
@@ -13,7 +15,6 @@ from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError, MachineError
 from slm_export.finished import Finished
 from slm_export.load import load_checkpoint
-from slm_export.model import build_reference
 from slm_export.optimizers import gptq
 from slm_export.optimizers.gptq import Gptq
 from slm_export.optimizers.group_quantize import GroupQuantize
@@ -24,36 +25,12 @@ from slm_export.workbench import Workbench
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Two layers, untied; random weights, large enough that attention is not flat."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-    )
-    folder = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return load_checkpoint(folder)
+    return small_models.llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
 def text() -> Calibration:
-    """Windows over a sixth of the vocabulary, so that some directions of the activations matter more than others."""
-    ids = torch.randint(20, (48, 24), generator=torch.Generator().manual_seed(1))
-    return Calibration(tuple(map(tuple, ids.tolist())), "random")
-
-
-def divergence(source: Checkpoint, other: Checkpoint, text: Calibration) -> float:
-    """Return the mean KL divergence on the windows that are not calibrated on."""
-    ids = torch.tensor(text.held_out)
-    with torch.no_grad():
-        p, q = (build_reference(c)(input_ids=ids).logits.log_softmax(-1) for c in (source, other))
-    return float((p.exp() * (p - q)).sum(-1).mean())
+    return random_text()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
