@@ -237,7 +237,7 @@ def _judge(
 def size_check(artifact: Artifact, gates: Gates) -> tuple[Check, ...]:
     """Hold an artifact against the size that it may have."""
     return checks_of(
-        artifact, Gates(max_bytes=gates.max_bytes), {"bytes": "the file is larger than it may be"}
+        artifact, Gates(max_bytes=gates.max_bytes), {"bytes": "the file, with the data that belongs to it"}
     )
 
 

@@ -65,6 +65,34 @@ def test_a_decoder_is_measured_in_a_process_of_its_own(decoder: tuple[Path, dict
     assert 0 < latency["model_rss_mb"] < latency["peak_rss_mb"]
 
 
+def test_a_report_says_what_was_asked_and_what_became_of_every_weight(
+    decoder: tuple[Path, dict[str, Any]],
+) -> None:
+    _, document = decoder
+    assert document["asked"] == {"target": "android", "bits": 8}
+    assert {"processor", "cores", "memory", "system"} <= document["environment"].keys()
+    assert len(document["held_out"]) == 64
+    rows = {row["name"]: row for row in document["weights"]}
+    assert sum(row["bytes"] for row in rows.values()) == document["passes"][-1]["bytes_after"]
+    assert sum(row["error"] is not None for row in rows.values()) == document["passes"][-1]["changed"]
+    matrix = rows["model.layers.3.mlp.down_proj.weight"]
+    assert (matrix["layer"], matrix["part"], matrix["bits"]) == (3, "mlp.down_proj", 8)
+    assert 0 < matrix["error"] < 1e-3
+    examples = document["formats"][0]["quality"]["examples"]
+    assert [one["where"] for one in examples].count("held-out text") == 5
+    assert examples[0]["kl"] == document["formats"][0]["quality"]["kl_max"]
+
+
+def test_codes_of_two_bundles_are_compared(decoder: tuple[Path, dict[str, Any]], tmp_path: Path, cli: Cli) -> None:
+    copy = shutil.copytree(decoder[0], tmp_path / "copy")
+    done = cli("diff", decoder[0], copy, "--limit", "max_codes_changed=0", "--limit", "max_bytes_increase=0", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert len(document["codes"]) == 43
+    assert {row["kind"] for row in document["codes"]} == {"same"}
+    assert document["codes_from"] == "executorch"
+
+
 def test_an_encoder_at_8_bits_is_a_quarter_of_its_size(
     encoder: tuple[Path, dict[str, Any]], minilm: Path
 ) -> None:
