@@ -83,9 +83,20 @@ def test_a_report_says_what_was_asked_and_what_became_of_every_weight(
     assert examples[0]["kl"] == document["formats"][0]["quality"]["kl_max"]
 
 
-def test_codes_of_two_bundles_are_compared(decoder: tuple[Path, dict[str, Any]], tmp_path: Path, cli: Cli) -> None:
+def test_codes_of_two_bundles_are_compared(
+    decoder: tuple[Path, dict[str, Any]], tmp_path: Path, cli: Cli
+) -> None:
     copy = shutil.copytree(decoder[0], tmp_path / "copy")
-    done = cli("diff", decoder[0], copy, "--limit", "max_codes_changed=0", "--limit", "max_bytes_increase=0", "--json")
+    done = cli(
+        "diff",
+        decoder[0],
+        copy,
+        "--limit",
+        "max_codes_changed=0",
+        "--limit",
+        "max_bytes_increase=0",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert len(document["codes"]) == 43
