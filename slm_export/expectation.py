@@ -3,9 +3,9 @@
     loss   decoders: increase of the mean log perplexity; embeddings: 1 - mean cosine; scores: KL divergence
 
 A loss is the sum of the costs of all choices (`sensitivity`), times a factor, and what does not depend on them: the
-runtime's rounding of activations, and what passes before the quantization cost. The factor is 1 until an artifact has
-been measured: where a text is one that the source itself could have written, the increase of log perplexity is the KL
-divergence.
+runtime's rounding of activations, and what the passes before the quantization took away. The factor is 1 until an
+artifact has been measured: where a text is one that the source itself could have written, the increase of log
+perplexity is the KL divergence.
 """
 
 from __future__ import annotations
@@ -33,12 +33,18 @@ class Loss:
     """From the sum of the costs of choices to the loss of an artifact."""
 
     costs: Costs
+    base: float = 0.0
+    """Of the passes before the quantization, measured on the same text."""
     factor: float = 1.0
-    fixed: float = 0.0
+    rounding: float = 0.0
 
     def of(self, allocation: Allocation) -> float:
         """Return the loss that is expected of an allocation."""
-        return self.fixed + self.factor * total(self.costs, allocation)
+        return self.base + self.rounding + self.factor * total(self.costs, allocation)
+
+    def room(self, limit: float) -> float:
+        """Return what costs may add up to, for a loss within a limit."""
+        return (limit - self.base - self.rounding) / self.factor
 
     def corrected(self, allocation: Allocation, result: FormatResult) -> Loss:
         """Return the loss that is expected after an artifact of this allocation was measured."""
@@ -50,7 +56,8 @@ class Loss:
         if isinstance(result.quality, TokenQuality) and result.quality.kl_mean:
             # The rest is of the runtime, which rounds activations whatever the weights are.
             share = min(1.0, (result.quality.quantization_kl_mean or 0.0) / result.quality.kl_mean)
-        return replace(self, factor=max(measured * share / expected, 1e-3), fixed=measured * (1 - share))
+        factor = max((measured * share - self.base) / expected, 1e-3)
+        return replace(self, factor=factor, rounding=measured * (1 - share))
 
 
 @dataclass(frozen=True)
@@ -140,8 +147,7 @@ class Expectation:
         assert self.loss is not None
         limits = []
         if loss is not None:
-            room = (loss * _MARGIN - self.loss.fixed) / self.loss.factor
-            limits.append(Limit("quality", self.loss.costs, 0.0, room))
+            limits.append(Limit("quality", self.loss.costs, 0.0, self.loss.room(_MARGIN * loss)))
         largest = max(self.formats, key=lambda name: self.program[name])
         return solve(self.options, self.encoded[largest], limits)
 

@@ -11,6 +11,7 @@ The recipe is that of the device profile, with bits and groups of every matrix p
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -24,6 +25,7 @@ from slm_export.checkpoint import Checkpoint, Pass
 from slm_export.choices import Allocation, tables_of
 from slm_export.compilation import Plan, check_gates, context_for
 from slm_export.costs import FORMATS, Speed, host_bandwidth
+from slm_export.distance import Distance
 from slm_export.errors import InputError
 from slm_export.expectation import Expectation, Loss, loss_limit
 from slm_export.frontier import frontier
@@ -36,9 +38,9 @@ from slm_export.progress import Progress
 from slm_export.provenance import refuse_large_vocabulary, source_sha256
 from slm_export.recipe import Recipe, make_pass, options_of
 from slm_export.results import Report
-from slm_export.sensitivity import count, measure
+from slm_export.sensitivity import TOKENS, count, measure
 from slm_export.tasks import EMBEDDING, GENERATION
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.tokenizer import SourceTokenizer, tokenizer_of
 from slm_export.words import megabytes
 
 _DOUBT = 1.5
@@ -130,7 +132,8 @@ def read_problem(plan: Plan, progress: Progress) -> tuple[Problem, Expectation]:
     problem = Problem(plan, folder, source, tokenizer, *_split(plan.recipe))
     _refuse_what_cannot_be_told(problem)
     expected = _expectation(problem, source)
-    refuse_impossible(expected, problem.budget)
+    if not any(step.structural for step in problem.before):  # of what those leave, headers tell nothing
+        refuse_impossible(expected, problem.budget)
     return problem, expected
 
 
@@ -222,7 +225,7 @@ def refuse_impossible(expected: Expectation, budget: Budget) -> None:
         )
         raise InputError(
             f"{limit.name}: {asked} are asked for, but no choice of bits gets there; the nearest that this model can "
-            f"do is about {possible}"
+            f"do is about {possible} (passes that take parts out, such as drop-layers, go into a profile's recipe)"
         )
 
 
@@ -249,20 +252,27 @@ class Measured:
 
 def with_costs(problem: Problem, expected: Expectation, progress: Progress) -> tuple[Expectation, Measured]:
     """Measure what every choice costs."""
-    source, plan = problem.source, problem.plan
+    source = problem.source
     with progress.stage("check every weight", total=len(source.weights)) as stage:
         check_values(source, stage.advance)
     with progress.stage("hash the model"):
         sha256 = source_sha256(problem.folder)
-    text = _text(problem, progress)
-    checkpoint = source
+    given = text = _text(problem, progress)
+    checkpoint, base = source, 0.0
     if problem.before:
         checkpoint = optimize(problem.before, source, sha256, text, None, progress).checkpoint
         expected = _expectation(problem, checkpoint)
-        refuse_impossible(expected, plan.request.budget)
+        refuse_impossible(expected, problem.budget)
+        if checkpoint.vocabulary is not source.vocabulary:
+            text = text.read_by(tokenizer_of(checkpoint), source.task, source.positions)
+        else:
+            with progress.stage("measure what the passes before cost"):
+                base = Distance(source, text.held_out, TOKENS).to(checkpoint)
     with progress.stage("measure what bits cost", total=count(checkpoint)) as stage:
-        costs = measure(checkpoint, sha256, text, stage.advance)
-    return replace(expected, loss=Loss(costs)), Measured(sha256, text)
+        made_by = [{"pass": step.name, **options_of(step)} for step in problem.before]
+        identity = json.dumps([sha256, *made_by]) if made_by else sha256
+        costs = measure(checkpoint, identity, text, stage.advance)
+    return replace(expected, loss=Loss(costs, base)), Measured(sha256, given)
 
 
 def _text(problem: Problem, progress: Progress) -> Calibration:

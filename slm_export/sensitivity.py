@@ -51,12 +51,15 @@ Costs = Mapping[str, Mapping[Choice, float]]
 
 @torch.no_grad()
 def measure(
-    source: Checkpoint, source_sha256: str, calibration: Calibration, advance: Advance
+    source: Checkpoint, identity: str, calibration: Calibration, advance: Advance
 ) -> dict[str, dict[Choice, float]]:
-    """Return the cost of every matrix at each of its choices; float16 costs nothing."""
+    """Return the cost of every matrix at each of its choices; float16 costs nothing.
+
+    Given   identity: all that the weights follow from; what was measured is found again under it
+    """
     options = options_for(source)
     text = Text.of(source, calibration.learning)
-    record = _Record(_key(source, source_sha256, text))
+    record = _Record(_key(identity, text))
     costs = {
         name: dict.fromkeys((c for c in choices if c.bits == 16), 0.0) for name, choices in options.items()
     }
@@ -240,8 +243,8 @@ def _recorded(blocks: Sequence[nn.Module], index: int) -> Iterator[list[Any]]:
         hook.remove()
 
 
-def _key(source: Checkpoint, source_sha256: str, text: Text) -> str:
-    follows_from = [__version__, source_sha256, source.history, text.ids.tolist(), text.mask.tolist()]
+def _key(identity: str, text: Text) -> str:
+    follows_from = [__version__, identity, text.ids.tolist(), text.mask.tolist()]
     return hashlib.sha256(json.dumps(follows_from).encode()).hexdigest()
 
 

@@ -13,6 +13,7 @@ from conftest import TOKENIZER_FILES
 
 from slm_export import costs, driver, search
 from slm_export.budget import Budget
+from slm_export.calibration import Calibration
 from slm_export.choices import FLOAT16, INT8, Choice, options_for
 from slm_export.compilation import Request, make_plan
 from slm_export.costs import Speed, encoded, read_per_token
@@ -22,6 +23,7 @@ from slm_export.expectation import Expectation, Loss
 from slm_export.fidelity.judging import checks_of
 from slm_export.finished import CACHE_VARIABLE
 from slm_export.load import load_checkpoint
+from slm_export.optimizers.drop_layers import DropLayers
 from slm_export.progress import Progress
 from slm_export.recipe import QuantizationOptions
 from slm_export.results import Artifact, FormatResult, Report, TokenLatency, TokenQuality
@@ -277,6 +279,24 @@ def test_what_is_expected_of_an_encoder_is_a_cosine(minilm):
     figures = expected.figures("onnx", dict.fromkeys(expected.options, FLOAT16))
     assert figures["cosine_mean"] == pytest.approx(1 - 0.001 * len(expected.options))
     assert "perplexity_ratio" not in figures
+
+
+def test_bits_are_found_for_what_other_passes_leave(monkeypatch, model, source):
+    """Of four layers one is dropped: the budget is about the other three, and expects what that costs."""
+    windows = torch.randint(0, 256, (9, 24), generator=torch.Generator().manual_seed(3)).tolist()
+    monkeypatch.setattr(search, "_text", lambda *_: Calibration(tuple(map(tuple, windows)), "a test"))
+    seen = []
+    monkeypatch.setattr(driver, "export", lambda plan, progress: (seen.append(plan), (None, None))[1])
+    plan = planned(model, Budget(max_size=150_000))
+    search.export(
+        replace(plan, recipe=(DropLayers(count=1, tokens=100), *plan.recipe)), Progress(silent=True)
+    )
+    dropped, quantized = seen[0].recipe
+    assert dropped == DropLayers(count=1, tokens=100)
+    left = {name for name in options_for(source) if ".layers.3." not in name}  # numbered anew
+    assert quantized.bits_by_tensor.keys() == left
+    assert seen[0].frontier
+    assert min(point.predicted_perplexity_ratio for point in seen[0].frontier) > 1.00001
 
 
 def test_the_cache_is_where_the_user_says(tmp_path, monkeypatch, tiny_llama):
