@@ -125,12 +125,13 @@ def test_a_group_of_zeros_is_zero() -> None:
 
 @pytest.mark.parametrize("bits", TABLE_BITS)
 def test_what_was_pruned_stays_pruned(bits: int) -> None:
+    """Although the values nearest to zeros have another mean."""
     values = normal(16, 64)
-    values += values.sign()
     values[5] = 0
     values[9, ::4] = 0
     made = palettize(values, bits, 16).float32()
-    assert torch.equal(made == 0, values == 0)
+    assert not made[values == 0].any()
+    assert made[values.abs() > 1].all()
 
 
 def test_few_values_are_kept_exactly() -> None:
