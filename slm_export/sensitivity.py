@@ -42,6 +42,8 @@ from slm_export.weights import Dense, Weight
 
 TOKENS = 4096
 """Tokens that a cost is measured on, of a vocabulary that is not large."""
+_ENCODER_WINDOW = 64
+"""An encoder's texts are cut here: they are read side by side, and the longest would fill the others with padding."""
 _LOGITS_BYTES = 512 << 20  # of the source's, which stand in memory
 
 Advance = Callable[[int, str], None]
@@ -107,6 +109,8 @@ class Text:
         """Return the first windows, as many as memory allows."""
         vocabulary = int(source.config.get_text_config().vocab_size) if source.task == GENERATION else 1
         most = min(TOKENS, _LOGITS_BYTES // (4 * vocabulary))
+        if source.task != GENERATION:
+            windows = [window[:_ENCODER_WINDOW] for window in windows]
         chosen: list[Window] = []
         for window in windows:
             if chosen and sum(map(len, chosen)) + len(window) > most:
