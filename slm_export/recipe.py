@@ -151,17 +151,18 @@ def make_pass(name: str, options: Mapping[str, Any], where: str) -> Pass:
         raise InputError(f"{where}: unknown pass '{name}'{suggestion(name, PASSES)}")
     cls: Any = PASSES[name]
     known = {field.name: field for field in dataclasses.fields(cls)}
+    made_of = dict(options)
     for key, value in options.items():
         if key not in known:
             raise InputError(f"{where}: {name}: unknown option '{key}'{suggestion(key, known)}")
         default = _default(known[key])
         kind = int if default is None else type(default)
         if kind is float and type(value) is int:
-            value = float(value)
+            made_of[key] = value = float(value)
         if type(value) is not kind and not (value is None and default is None):
             raise InputError(f"{where}: {name}: {key} must be {_KINDS[kind]}, not {value!r}")
     try:
-        made: Pass = cls(**options)
+        made: Pass = cls(**made_of)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     return made

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import hypothesis
 import pytest
 from forked import Forked, forked
 
@@ -20,6 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+# How long an example takes is the machine's affair.
+hypothesis.settings.register_profile("slm-export", deadline=None)
+hypothesis.settings.load_profile("slm-export")
 
 # A shell ignores SIGINT in what it runs in the background, and its children inherit that; ours are to be interrupted.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -10,6 +10,7 @@ import pytest
 from checkpoints import checkpoint
 
 from slm_export import compilation
+from slm_export.budget import Budget
 from slm_export.compilation import DEFAULT_CONTEXT, Request, check_gates, context_for, make_plan
 from slm_export.errors import InputError, MissingComponentError
 from slm_export.gates import Gates
@@ -30,7 +31,9 @@ SETTINGS = Settings(
     head_bits=16,
     context=100,
     eval_text=Path("their.txt"),
+    calibration=Path("their.jsonl"),
     out=Path("theirs"),
+    max_size="6MB",
     gates=Gates(max_bytes=1, max_kl_mean=0.5),
 )
 
@@ -76,6 +79,8 @@ def test_what_the_command_line_leaves_open_is_the_settings():
         context=100,
         out=Path("theirs"),
         eval_text=Path("their.txt"),
+        calibration=Path("their.jsonl"),
+        budget=Budget(max_size=6_000_000),
         gates=Gates(max_bytes=1, max_kl_mean=0.5),
     )
 
@@ -91,6 +96,8 @@ def test_what_the_command_line_says_stays():
         context=7,
         out=Path("ours"),
         eval_text=Path("our.txt"),
+        calibration=Path("our.jsonl"),
+        budget=Budget(max_size=1_000_000),
         gates=Gates(max_bytes=2),
         force=True,
         verify=False,
