@@ -5,6 +5,7 @@ What disturbs the machine then disturbs all of them, and ratios are those of tur
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -18,6 +19,8 @@ from slm_export.errors import InputError, MissingComponentError
 from slm_export.progress import Progress
 from slm_export.registry import exporter
 
+_IDLE_LOAD = 0.7
+"""Load average from which on other work is worth a word."""
 _LOADS = 3
 """Times that an artifact is opened from the disk, and from memory."""
 
@@ -74,6 +77,7 @@ class _Table:
         self.rounds: list[list[Spoken]] = []
         self.sustained: tuple[Instant, ...] = ()
         self.before = Conditions(host_temperature())
+        self._busy = os.getloadavg()[0]
         self.cold: list[float] = []
         self.warm: list[float] = []
         self.memory: dict[str, float] = {}
@@ -117,8 +121,17 @@ class _Table:
             sustained=self.sustained,
             before=self.before,
             after=Conditions(host_temperature()),
-            notes=() if self.cold else ("load from the disk: the system did not let go of the file",),
+            notes=self._notes(workload),
         )
+
+    def _notes(self, workload: Workload) -> tuple[str, ...]:
+        notes = [] if self.cold else ["load from the disk: the system did not let go of the file"]
+        if (busy := self._busy) > _IDLE_LOAD:
+            notes.append(
+                f"the machine was busy before this began (load average {busy:.1f}): "
+                "its cores were shared with other work"
+            )
+        return tuple(notes)
 
 
 def _measured(tables: Sequence[_Table], workload: Workload, progress: Progress) -> tuple[Measurement, ...]:
