@@ -40,11 +40,11 @@ class LearnedRounding(Gptq):
     name: ClassVar[str] = "learned-rounding"
     targets: ClassVar[bool] = True
 
-    steps: int = 100
+    steps: int = 60
     """For each block, of one batch of text each."""
-    code_rate: float = 0.02
+    code_rate: float = 0.002
     """Largest change of a number behind a code in one step, in units of its scale."""
-    rate: float = 0.0005
+    rate: float = 0.0002
     """The same of scales, as a share of their size."""
 
     def __post_init__(self) -> None:

@@ -157,8 +157,9 @@ def _refit_rows(values: Tensor, codes: Tensor, scales: Tensor, gram: Tensor) -> 
     moved = torch.linalg.solve(system, wanted.unsqueeze(-1)).squeeze(-1)
     made = grid_scale(scales + moved)
     made = torch.where((scales + moved > SMALLEST_SCALE) & by_group.any(-1), made, scales)
-    better = cost(values, gram, codes, made) < cost(values, gram, codes, scales)
-    return torch.where(better.unsqueeze(-1), made, scales)
+    step = made - scales
+    change = ((system @ step.unsqueeze(-1)).squeeze(-1) - 2 * wanted) * step
+    return torch.where(change.sum(-1, keepdim=True) < 0, made, scales)
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
