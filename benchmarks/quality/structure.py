@@ -16,38 +16,32 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median, quantiles
 
 import torch
 from calibrated import Decoder
 from heldout import calibration_documents
-from rich.console import Console
 from torch import Tensor
 
-from slm_export.bench.host import measure_here
-from slm_export.bench.show import print_measurements
-from slm_export.bench.subject import find_subject
-from slm_export.bench.workload import Workload
 from slm_export.calibration import Calibration, read_calibration
 from slm_export.checkpoint import Checkpoint
 from slm_export.depth import with_layers
 from slm_export.distance import spread
 from slm_export.geometry import Parts, mlps
-from slm_export.latency import usable_cores
 from slm_export.load import load_checkpoint
 from slm_export.narrowing import Narrowing, Wanted
 from slm_export.optimizers.drop_layers import DropLayers
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.optimizers.prune_kv_groups import PruneKvGroups
 from slm_export.optimizers.prune_neurons import PruneNeurons
-from slm_export.progress import Progress
 from slm_export.registry import exporter
-from slm_export.runtime import ExportOptions
+from slm_export.runtime import DecoderSession, ExportOptions, Session
 from slm_export.tokenizer import SourceTokenizer
 from slm_export.workbench import Workbench
 
 NEURONS = 5 / 18
 """Of the neurons: in a Llama whose MLP is three quarters of a layer, a fifth of the body."""
-CONTEXT, PROMPT = 512, 128
+CONTEXT, PROMPT, DECODED = 512, 128, 24
 Make = Callable[[Checkpoint, Calibration], Checkpoint]
 
 
@@ -182,9 +176,37 @@ def speed(
             eight = GroupQuantize(bits=8, embedding_bits=8).run(checkpoint).checkpoint
             made.write(eight, options, path)
             paths.append(path)
-        subjects = [find_subject(path) for path in paths]
-        workload = Workload(asked.threads, asked.runs, prefill=(PROMPT,), depth=(PROMPT,))
-        print_measurements(Console(width=140), measure_here(subjects, workload, Progress()))
+        made.set_threads(1)
+        in_turns({path.parent.name: made.open(path, source.task) for path in paths}, asked.runs)
+
+
+def in_turns(sessions: Mapping[str, Session], runs: int) -> None:
+    """Print tokens per second of processor time, and ratios to the first artifact in the same round.
+
+    Processor time, because a machine that is shared with other work still tells it; one thread.
+    """
+    speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in sessions}
+    prompt = [3 + 37 * i % 4000 for i in range(PROMPT)]
+    for number in range(runs + 1):
+        # Forwards and backwards, so that none is always the first after another.
+        for name in list(sessions)[:: -1 if number % 2 else 1]:
+            session = sessions[name]
+            assert isinstance(session, DecoderSession)
+            began = time.process_time()
+            session.logits(prompt, 0)
+            read = time.process_time()
+            for at in range(DECODED):
+                session.logits([prompt[at]], PROMPT + at)
+            done = time.process_time()
+            if number:  # the first round warms up
+                speeds[name].append((PROMPT / (read - began), DECODED / (done - read)))
+    first = next(iter(speeds.values()))
+    for what, index in (("prefill", 0), ("decode", 1)):
+        for name, found in speeds.items():
+            ratios = [after[index] / before[index] for before, after in zip(first, found, strict=True)]
+            low, middle, high = quantiles(ratios, n=4)
+            rate = median(speed[index] for speed in found)
+            print(f"{what:8}{name:36}{rate:8.0f} tokens/s  ratio {middle:.3f} ({low:.3f}..{high:.3f})")
 
 
 def main() -> None:
@@ -198,8 +220,7 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--format", default="executorch")
     parser.add_argument("--folder", type=Path, help="where artifacts are left; default: nowhere")
-    parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--runs", type=int, default=24)
     asked = parser.parse_args()
     source, tokenizer = load_checkpoint(asked.model), SourceTokenizer.load(asked.model)
     with tempfile.TemporaryDirectory() as temporary:
