@@ -20,7 +20,7 @@ from slm_export.fidelity.vocabularies import FewerTokens, OneVocabulary, Passage
 from slm_export.load import load_checkpoint
 from slm_export.model import build_reference
 from slm_export.optimizers.trim_vocabulary import TrimVocabulary
-from slm_export.results import TokenQuality
+from slm_export.results import EmbeddingQuality, TokenQuality
 from slm_export.tokenizer import SourceTokenizer, tokenizer_of
 from slm_export.weights import Weight
 from slm_export.workbench import Workbench
@@ -257,3 +257,42 @@ def test_where_no_token_is_spelled_the_text_gains_what_the_lost_ones_had(
 def _nll(checkpoint: Checkpoint, window: tuple[int, ...], start: int) -> float:
     logs = build_reference(checkpoint)(input_ids=torch.tensor([window])).logits[0].float().log_softmax(-1)
     return -sum(logs[at - 1, window[at]].item() for at in range(start, len(window)))
+
+
+class Embedding:
+    """An encoder session that computes in torch."""
+
+    context = 128
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.model = build_reference(checkpoint)
+        self.longest = 0
+
+    def outputs(self, tokens: list[int], mask: list[int], types: tuple[int, ...] = ()) -> Tensor:
+        assert len(tokens) <= self.context
+        self.longest = max(self.longest, sum(mask))
+        embedding: Tensor = self.model(torch.tensor([tokens]), torch.tensor([mask]))[0]
+        return embedding
+
+
+def test_an_encoder_is_compared_on_the_same_texts(minilm: Path) -> None:
+    source = load_checkpoint(minilm)
+    texts = (*DOMAIN[0].split("\n\n")[:6], DOMAIN[0])
+    work = Workbench(calibration=Calibration((), "a text", (DOMAIN[0],)))
+    trimmed = TrimVocabulary(tokens=4096).run(source, work).checkpoint
+    session, references = Embedding(trimmed), fidelity.References(source, trimmed)
+    gates = fidelity.default_gates("sentence-embedding", 16)
+    unheard = (*texts, "Unheard-of mountaineers whispered melancholy lullabies, " * 20)
+    figures = []
+    for judged_on in (texts, unheard):
+        quality, _ = fidelity.judge_encoder(
+            references, session, _unrounded, tokenizer_of(trimmed), judged_on, gates, _silent
+        )
+        assert isinstance(quality, EmbeddingQuality)
+        figures.append(quality)
+    # Every token of the domain stays, so nothing changes; a whole document is cut where both still read it.
+    assert figures[0].cosine_min == pytest.approx(1, abs=1e-5)
+    assert session.longest > 100
+    assert figures[1].cosine_min is not None
+    assert figures[1].cosine_min < 0.95
+    assert figures[1].lowering_max_abs == pytest.approx(0, abs=1e-5)

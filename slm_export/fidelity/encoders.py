@@ -77,9 +77,11 @@ def judge_encoder(
 
 
 def _fitting(text: str, tokenizers: Sequence[SourceTokenizer], longest: int) -> str:
-    """Return the beginning of a text that neither tokenizer makes more than ``longest`` tokens of."""
+    """Return the beginning of a text that no tokenizer makes more than ``longest`` tokens of."""
     while (count := max(len(one.encode_with_template(text)) for one in tokenizers)) > longest:
         text = text[: len(text) * longest // count]
+        # Half a word is none of the domain's, and may be spelled by a token that is gone.
+        text = (text.rsplit(None, 1) or [text])[0]
     return text
 
 
