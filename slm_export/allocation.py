@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from slm_export.choices import Allocation, Choice, Options
+from slm_export.native_log import off_stdout
 
 Weights = Mapping[str, Mapping[Choice, float]]
 """Of every matrix what each of its choices takes."""
@@ -70,13 +71,14 @@ def solve(options: Options, objective: Weights, limits: Sequence[Limit]) -> dict
             LinearConstraint(takes[None] / scale, -np.inf, (limit.limit - limit.fixed) / scale)
         )
     costs = np.array([objective[name][choice] for name, choice in places], dtype=float)
-    found = milp(
-        costs / max(costs.max(), 1e-30),
-        integrality=np.ones(len(places)),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
-    )
+    with off_stdout():  # HiGHS leaves a line there now and then, whatever it is told
+        found = milp(
+            costs / max(costs.max(), 1e-30),
+            integrality=np.ones(len(places)),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
+        )
     if found.x is None:
         return None
     return {name: choice for (name, choice), x in zip(places, found.x, strict=True) if x > 0.5}

@@ -6,6 +6,7 @@ pointed at a temporary file for as long as the work lasts; progress goes to a co
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import tempfile
@@ -38,6 +39,25 @@ def kept_from_terminal() -> Iterator[TextIO]:
         finally:
             sys.stderr.flush()
             os.dup2(real.fileno(), 2)
+
+
+@contextmanager
+def off_stdout() -> Iterator[None]:
+    """Send to stderr what native code writes to stdout, which belongs to results and to ``--json``."""
+    sys.stdout.flush()
+    try:
+        real = os.dup(1)
+    except OSError:  # closed: nothing to protect
+        yield
+        return
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        # C has a buffer of its own, which would otherwise be written after all.
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(real, 1)
+        os.close(real)
 
 
 def _show_end(log: IO[bytes], real: TextIO) -> None:

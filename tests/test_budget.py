@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import random
 
@@ -108,6 +109,25 @@ def test_several_limits_hold_together():
     loose = solve(options, costs, [Limit("size", sizes, 0.0, 600.0)])
     tight = solve(options, costs, [Limit("size", sizes, 0.0, 600.0), Limit("speed", reads, 0.0, 300.0)])
     assert total(reads, loose) > 300 >= total(reads, tight)
+
+
+def test_what_the_solver_prints_is_no_result(monkeypatch, capfd):
+    """HiGHS writes to descriptor 1 through C's own buffer."""
+    import scipy.optimize
+
+    milp = scipy.optimize.milp
+
+    def loud(*args, **kwargs):
+        ctypes.CDLL(None).printf(b"HighsMipSolverData")
+        return milp(*args, **kwargs)
+
+    monkeypatch.setattr(scipy.optimize, "milp", loud)
+    options, costs, sizes = problem(3)
+    assert solve(options, costs, [Limit("size", sizes, 0.0, 600.0)])
+    print("{}")
+    captured = capfd.readouterr()
+    assert captured.out == "{}\n"
+    assert "HighsMipSolverData" in captured.err
 
 
 def test_what_is_impossible_has_no_solution():
