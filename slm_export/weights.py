@@ -224,7 +224,7 @@ def _float_codes(packed: Tensor, bits: int) -> Tensor:
         return packed.to(torch.float32)
     # Two values at a time out of a table: several times as fast as shifting, stacking and converting.
     pairs = _pairs_of_nibbles().index_select(0, packed.flatten().to(torch.int32))
-    return pairs.view(torch.float32).view(packed.shape[0], -1)
+    return pairs.view(torch.float32).view(packed.shape[0], 2 * packed.shape[1])
 
 
 @lru_cache(maxsize=1)
