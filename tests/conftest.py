@@ -22,6 +22,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
+# Workers share the cores: threads of one that wait for each other while the other computes cost many times their gain.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # How long an example takes is the machine's affair.
 hypothesis.settings.register_profile("slm-export", deadline=None)
 hypothesis.settings.load_profile("slm-export")
