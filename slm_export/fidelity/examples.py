@@ -78,5 +78,6 @@ def _preferred(logits: Tensor) -> tuple[int, float]:
 
 
 def _text(tokenizer: SourceTokenizer, tokens: Sequence[int]) -> str:
-    # A stretch of tokens may begin or end within a character.
-    return tokenizer.decode(list(tokens)).strip("\ufffd")
+    text = tokenizer.decode(list(tokens))
+    # A stretch of tokens may begin or end within a character; a token that is part of one is shown as that.
+    return text.strip("\ufffd") or text
