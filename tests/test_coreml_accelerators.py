@@ -416,7 +416,7 @@ def test_the_report_tells_units_risks_and_memory(bundle: Path, quick_cli: Forked
     page = (bundle / "report.html").read_text()
     for risk in found["risks"]:
         assert risk["source"] in page
-    assert "Units and memory of coreml, predicted and not measured" in page
+    assert "coreml: units and memory, predicted and not measured" in page
     assert json.loads((bundle / "manifest.json").read_text())["gates"]["min_accelerated"] == 0.95
 
 
