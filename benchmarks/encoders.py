@@ -24,9 +24,9 @@ from rich.table import Table
 
 from slm_export.exporters.executorch import ExecuTorchExporter
 from slm_export.latency import usable_cores
-from slm_export.load import load_checkpoint
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.runtime import ExportOptions
+from slm_export.source.load import load_checkpoint
 
 LENGTHS = (16, 64, 256)
 ROUNDS, CALLS = 7, 10

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from slm_export.checkpoint import Checkpoint, Pass
 from slm_export.evaltext import load_documents, load_sentences, token_windows
-from slm_export.load import load_checkpoint
-from slm_export.model import build_reference
+from slm_export.graph.model import build_reference
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.optimizers.palettize import Palettize
-from slm_export.tasks import EMBEDDING
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.source.load import load_checkpoint
+from slm_export.source.tasks import EMBEDDING
+from slm_export.tokenization.tokenizer import SourceTokenizer
 
 WINDOW = 256
 SCHEMES: dict[str, Pass] = {

@@ -23,14 +23,14 @@ from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError, needs
 from slm_export.results import Artifact, Check, written
 from slm_export.runtime import ExportOptions, Session
-from slm_export.tasks import ENDINGS, GENERATION
-from slm_export.tokenizer import OWN_TOKENIZER
+from slm_export.source.tasks import ENDINGS, GENERATION
+from slm_export.tokenization.tokenizer import OWN_TOKENIZER
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from slm_export.results import Delegation
-    from slm_export.runtime_tokenizers import RuntimeTokenizer
+    from slm_export.tokenization.runtime_tokenizers import RuntimeTokenizer
     from slm_export.weights import Coded, Weight
 
 _PACKAGES = "coremltools"

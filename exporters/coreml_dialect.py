@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from slm_export.checkpoint import Checkpoint
-from slm_export.dialect import AttentionShape, Position
+from slm_export.graph.dialect import AttentionShape, Position
 from slm_export.weights import Weight
 
 NAMESPACE = "slm_export"

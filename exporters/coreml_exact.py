@@ -21,11 +21,11 @@ from slm_export.exporters.coreml_graph import program_dtype
 from slm_export.exporters.coreml_session import Decoder, Encoder
 from slm_export.exporters.mil.package import Package
 from slm_export.exporters.mil.widened import widened
-from slm_export.model import build_reference
-from slm_export.norms import rms_norm_of
+from slm_export.graph.model import build_reference
+from slm_export.graph.norms import rms_norm_of
+from slm_export.graph.rope import FixedRope
 from slm_export.results import Check
-from slm_export.rope import FixedRope
-from slm_export.tasks import GENERATION
+from slm_export.source.tasks import GENERATION
 from slm_export.weights import Dense
 
 LIMIT = 1e-4

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from slm_export.checkpoint import Checkpoint
-from slm_export.dialect import AttentionShape
 from slm_export.errors import InputError
 from slm_export.exporters.coreml_dialect import NAMESPACE, Call, CoreMLDialect, positions, rms_norm
 from slm_export.exporters.coreml_frontend import KEYS, VALUES, lowering
 from slm_export.exporters.coreml_rotary import with_tables
-from slm_export.model import Encoder, build_decoder, build_encoder
-from slm_export.norms import exchange_norms
+from slm_export.graph.dialect import AttentionShape
+from slm_export.graph.model import Encoder, build_decoder, build_encoder
+from slm_export.graph.norms import exchange_norms
 from slm_export.weights import Dense, Weight
 
 IDS, MASK, LOGITS = "inputIds", "causalMask", "logits"

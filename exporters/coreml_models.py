@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slm_export.bundles.checksums import sha256_file
 from slm_export.checkpoint import Checkpoint
-from slm_export.checksums import sha256_file
 from slm_export.errors import InputError
 from slm_export.exporters import coreml_metadata as keys
 from slm_export.exporters.coreml_graph import (
@@ -23,10 +23,10 @@ from slm_export.exporters.coreml_graph import (
     trace_encoder,
 )
 from slm_export.exporters.coreml_writer import PackageWriter
-from slm_export.provenance import author_of, licence_of
 from slm_export.results import Signature
 from slm_export.runtime import ExportOptions
-from slm_export.tasks import CLASSIFICATION, TOKENS, output_shape
+from slm_export.source.provenance import author_of, licence_of
+from slm_export.source.tasks import CLASSIFICATION, TOKENS, output_shape
 from slm_export.weights import Palettized, Quantized
 
 _LONGEST = 256

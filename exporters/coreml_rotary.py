@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slm_export.exporters.coreml_dialect import table_rows
-from slm_export.rope import FixedRope, LongRope
+from slm_export.graph.rope import FixedRope, LongRope
 
 
 def with_tables(model: nn.Module, context: int) -> None:

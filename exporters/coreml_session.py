@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slm_export.checksums import size_of
+from slm_export.bundles.checksums import size_of
 from slm_export.errors import InputError
 from slm_export.exporters import coreml_metadata as keys
 from slm_export.exporters.coreml_graph import DECODE, IDS, LOGITS, MASK, PREFILL
 from slm_export.exporters.mil.evaluator import Evaluator
 from slm_export.exporters.mil.package import Feature, Package
 from slm_export.runtime import Session
-from slm_export.tasks import GENERATION
+from slm_export.source.tasks import GENERATION
 
 _MUCH = 1 << 27
 

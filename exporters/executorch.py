@@ -20,11 +20,11 @@ from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError, needs
 from slm_export.exporters.executorch_reader import stored
 from slm_export.exporters.executorch_session import load_runtime, open_session, run_text_llm_runner
-from slm_export.phone_tokenizer import for_executorch
 from slm_export.results import Artifact, Check, Signature, written
 from slm_export.runtime import ExportOptions, Session
-from slm_export.runtime_tokenizers import ExecuTorchTokenizer, RuntimeTokenizer
-from slm_export.tasks import ENDINGS, GENERATION, output_shape
+from slm_export.source.tasks import ENDINGS, GENERATION, output_shape
+from slm_export.tokenization.phone_tokenizer import for_executorch
+from slm_export.tokenization.runtime_tokenizers import ExecuTorchTokenizer, RuntimeTokenizer
 from slm_export.weights import Quantized, Weight
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class ExecuTorchExporter:
 def _write_decoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Signature:
     from slm_export.exporters.executorch_dialect import ExecuTorchDialect
     from slm_export.exporters.executorch_lowering import lower_decoder
-    from slm_export.model import build_decoder
+    from slm_export.graph.model import build_decoder
 
     dialect = ExecuTorchDialect()
     longest = min(PREFILL_CHUNK, options.context)
@@ -176,7 +176,7 @@ def _constants(checkpoint: Checkpoint, options: ExportOptions) -> Mapping[str, A
 def _write_encoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Signature:
     from slm_export.exporters.executorch_dialect import ExecuTorchDialect, register_whole_attention
     from slm_export.exporters.executorch_lowering import to_edge, write
-    from slm_export.model import build_encoder
+    from slm_export.graph.model import build_encoder
 
     dialect = ExecuTorchDialect()
     encoder = build_encoder(checkpoint, dialect, register_whole_attention())

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slm_export.dialect import AttentionShape, Position, fake_quantize_per_token
 from slm_export.exporters.executorch_stand_in import xnnpack_nibbles
-from slm_export.model import refuse_unknown
+from slm_export.graph.dialect import AttentionShape, Position, fake_quantize_per_token
+from slm_export.graph.model import refuse_unknown
 from slm_export.weights import CODE_RANGE, Dense, Quantized, Weight, on_grid
 
 

@@ -21,7 +21,7 @@ from slm_export.exporters.executorch_file import Contents, write_program
 from slm_export.exporters.executorch_names import add_names
 from slm_export.exporters.executorch_stamp import lowered_modules, stamped
 from slm_export.exporters.executorch_stand_in import stand_in
-from slm_export.layers import CannotStamp, check_alike, hollow, layers_of
+from slm_export.graph.layers import CannotStamp, check_alike, hollow, layers_of
 
 _ALIGNMENT = 128
 """Of segments in the file, in bytes; ExecuTorch's own default."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slm_export.errors import InputError
 from slm_export.runtime import Session
-from slm_export.tasks import GENERATION
+from slm_export.source.tasks import GENERATION
 
 _KERNELS = {
     "executorch.extension.llm.custom_ops": "libcustom_ops_aot_lib.*",

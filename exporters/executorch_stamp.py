@@ -33,7 +33,7 @@ from torch.export.graph_signature import (
 from slm_export.checkpoint import Checkpoint
 from slm_export.exporters.executorch_file import Contents
 from slm_export.exporters.executorch_stand_in import constant, keys_of
-from slm_export.layers import CannotStamp, Layers
+from slm_export.graph.layers import CannotStamp, Layers
 from slm_export.weights import Weight
 
 _HEAD, _UNIT, _TAIL = range(3)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slm_export.checkpoint import Checkpoint
-from slm_export.layers import Layers, hollow_weight
+from slm_export.graph.layers import Layers, hollow_weight
 from slm_export.weights import SMALLEST_SCALE, Dense, Quantized, Weight, grid_scale
 
 

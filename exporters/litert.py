@@ -23,14 +23,14 @@ from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError, needs
 from slm_export.results import Artifact, Check, Signature, written
 from slm_export.runtime import ExportOptions, Session
-from slm_export.tasks import ENDINGS, GENERATION, output_shape
-from slm_export.tokenizer import OWN_TOKENIZER
+from slm_export.source.tasks import ENDINGS, GENERATION, output_shape
+from slm_export.tokenization.tokenizer import OWN_TOKENIZER
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from slm_export.results import Delegation
-    from slm_export.runtime_tokenizers import RuntimeTokenizer
+    from slm_export.tokenization.runtime_tokenizers import RuntimeTokenizer
     from slm_export.weights import Quantized, Weight
 
 PREFILLS = (16, 128, 512)
@@ -115,7 +115,7 @@ class LiteRTExporter:
 
     def rounding(self, x: Tensor, weight: Weight) -> Tensor:
         """Return activations as XNNPACK rounds them: to int8 per token before codes."""
-        from slm_export.dialect import fake_quantize_per_token
+        from slm_export.graph.dialect import fake_quantize_per_token
         from slm_export.weights import Quantized
 
         return fake_quantize_per_token(x) if isinstance(weight, Quantized) else x

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from slm_export.checkpoint import Checkpoint
-from slm_export.dialect import AttentionShape, Position
 from slm_export.errors import InputError
+from slm_export.graph.dialect import AttentionShape, Position
 from slm_export.weights import Weight
 
 MASKED = -0.7 * torch.finfo(torch.float32).max

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from slm_export.errors import InputError
 from slm_export.exporters.litert_dialect import Embedding, Linear, LiteRTDialect, windowed, windows
-from slm_export.model import Decoder, Encoder
+from slm_export.graph.model import Decoder, Encoder
 
 WEIGHTS, LOGITS = "weights", "logits"
 

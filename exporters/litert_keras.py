@@ -23,7 +23,7 @@ from torch import Tensor
 from slm_export.checkpoint import Checkpoint, Role
 from slm_export.errors import InputError
 from slm_export.exporters.litert_keras_graph import lowered
-from slm_export.keras_source import IDS, TensorFlowModel
+from slm_export.keras.source import IDS, TensorFlowModel
 from slm_export.weights import Dense
 
 Place = tuple[int, int]

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from slm_export.bundles.checksums import sha256_file
 from slm_export.checkpoint import Checkpoint
-from slm_export.checksums import sha256_file
 from slm_export.exporters.litert_file import Function, Placer
 from slm_export.exporters.litert_keras import Converted, Place
 from slm_export.results import Artifact, Signature

@@ -16,7 +16,7 @@ import numpy as np
 
 from slm_export.errors import InputError
 from slm_export.exporters.litert_stamp import without_dead
-from slm_export.keras_source import TensorFlowModel, tensorflow
+from slm_export.keras.source import TensorFlowModel, tensorflow
 
 LARGEST = 2_000_000_000
 """Bytes of floats that a flatbuffer, with its 32-bit offsets, has room for while it is converted."""

@@ -30,9 +30,9 @@ from slm_export.exporters.litert_graph import (
 )
 from slm_export.exporters.litert_graph import check_operators as check_graph
 from slm_export.exporters.litert_stamp import TRACED, Roles, stamp, without_dead
-from slm_export.layers import CannotStamp, Layers, check_alike, keep_kinds, layers_of
-from slm_export.model import Encoder, build_decoder, build_encoder
-from slm_export.tasks import GENERATION
+from slm_export.graph.layers import CannotStamp, Layers, check_alike, keep_kinds, layers_of
+from slm_export.graph.model import Encoder, build_decoder, build_encoder
+from slm_export.source.tasks import GENERATION
 
 _DECODE = "decode"
 _ENCODER_LENGTHS = (32, 128, 512)

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from slm_export.runtime_tokenizers import TokenizerLoadError, captured_stderr
+from slm_export.tokenization.runtime_tokenizers import TokenizerLoadError, captured_stderr
 
 
 class LiteRTLMTokenizer:

@@ -15,7 +15,7 @@ from slm_export.errors import InputError
 from slm_export.exporters.litert_container import Container
 from slm_export.exporters.litert_dialect import MASKED
 from slm_export.runtime import Session
-from slm_export.tasks import GENERATION
+from slm_export.source.tasks import GENERATION
 
 DECODE, PREFILL, ENCODE = "decode", "prefill_", "encode_"
 METADATA = "slm-export"

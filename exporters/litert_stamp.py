@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from slm_export.layers import CannotStamp, Layers
+from slm_export.graph.layers import CannotStamp, Layers
 
 TRACED = 3
 """Layers that are converted."""

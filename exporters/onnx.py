@@ -21,9 +21,9 @@ from slm_export.exporters.onnx_genai import GenaiTokenizer, generate, write_conf
 from slm_export.exporters.onnx_session import open_session
 from slm_export.results import Artifact, Check, Signature, written
 from slm_export.runtime import ExportOptions, Session
-from slm_export.runtime_tokenizers import RuntimeTokenizer
-from slm_export.tasks import ENDINGS, GENERATION
-from slm_export.tokenizer import TOKENIZER_FILES
+from slm_export.source.tasks import ENDINGS, GENERATION
+from slm_export.tokenization.runtime_tokenizers import RuntimeTokenizer
+from slm_export.tokenization.tokenizer import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from torch import Tensor

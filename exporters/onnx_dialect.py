@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slm_export.checkpoint import Checkpoint
-from slm_export.dialect import AttentionShape, Position, fake_quantize_per_token
 from slm_export.errors import InputError
 from slm_export.exporters.onnx_stored import CODES, COLUMNS, SCALES, SUMS, Stored
+from slm_export.graph.dialect import AttentionShape, Position, fake_quantize_per_token
 from slm_export.weights import Dense, Quantized, Weight, on_grid
 
 _CONTRIB = "com.microsoft"

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from slm_export.checkpoint import Checkpoint
-from slm_export.dialect import AttentionShape
+from slm_export.graph.dialect import AttentionShape
 from slm_export.runtime import ExportOptions
-from slm_export.runtime_tokenizers import TokenizerLoadError
+from slm_export.tokenization.runtime_tokenizers import TokenizerLoadError
 
 CONFIG = "genai_config.json"
 _SAMPLER = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
-    from slm_export.layers import Layers
+    from slm_export.graph.layers import Layers
 
 OPSET = 23
 """The first with ``RMSNormalization`` and ``RotaryEmbedding``."""

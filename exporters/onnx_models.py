@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from slm_export.checkpoint import Checkpoint
-from slm_export.dialect import AttentionShape
 from slm_export.errors import InputError
 from slm_export.exporters.onnx_dialect import OnnxDialect
 from slm_export.exporters.onnx_file import write_model
@@ -20,10 +19,11 @@ from slm_export.exporters.onnx_norms import with_norms
 from slm_export.exporters.onnx_rotary import rotary_operators
 from slm_export.exporters.onnx_stamp import TRACED
 from slm_export.exporters.onnx_stored import Stored
-from slm_export.layers import CannotStamp, Layers, check_alike, keep_kinds, layers_of
-from slm_export.model import build_decoder, build_encoder
+from slm_export.graph.dialect import AttentionShape
+from slm_export.graph.layers import CannotStamp, Layers, check_alike, keep_kinds, layers_of
+from slm_export.graph.model import build_decoder, build_encoder
 from slm_export.runtime import ExportOptions
-from slm_export.tasks import output_shape
+from slm_export.source.tasks import output_shape
 from slm_export.weights import Dense
 
 TASK, CONTEXT, LEAST = "slm_export.task", "slm_export.context", "slm_export.least"

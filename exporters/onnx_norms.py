@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from slm_export.norms import exchange_norms
+from slm_export.graph.norms import exchange_norms
 
 
 def with_norms(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor
 from slm_export.errors import InputError
 from slm_export.exporters.onnx_genai import stop_ids
 from slm_export.runtime import Session
-from slm_export.tasks import GENERATION
+from slm_export.source.tasks import GENERATION
 
 _PREFILL = 512
 """Tokens of a prompt that are read at once: a bound on memory."""

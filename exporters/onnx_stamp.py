@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from slm_export.layers import CannotStamp, Layers
+from slm_export.graph.layers import CannotStamp, Layers
 
 TRACED = 3
 """Layers that are traced."""

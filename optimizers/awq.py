@@ -21,14 +21,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from slm_export.blocks import CannotWalk
-from slm_export.blockwise import Block, Walk
 from slm_export.checkpoint import Checkpoint, PassResult
+from slm_export.compression.blocks import CannotWalk
+from slm_export.compression.blockwise import Block, Walk
+from slm_export.compression.rounding import cost, damped, nearest, weighted_scales
+from slm_export.compression.workbench import DEFAULT, Workbench
 from slm_export.errors import InputError
-from slm_export.norms import rms_norm_of
-from slm_export.rounding import cost, damped, nearest, weighted_scales
+from slm_export.graph.norms import rms_norm_of
 from slm_export.weights import GROUPS, Dense, Weight
-from slm_export.workbench import DEFAULT, Workbench
 
 _POWERS = tuple(power / 10 for power in range(11))
 _ROWS = 256  # of a matrix, evenly spread, on which powers are compared

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from slm_export.checkpoint import Checkpoint, PassResult
-from slm_export.depth import refuse_changed, stacks_of, with_layers
-from slm_export.distance import Distance
+from slm_export.compression.depth import refuse_changed, stacks_of, with_layers
+from slm_export.compression.distance import Distance
+from slm_export.compression.workbench import DEFAULT, Workbench
 from slm_export.errors import InputError
-from slm_export.workbench import DEFAULT, Workbench
 
 
 @dataclass(frozen=True)

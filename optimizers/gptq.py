@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import ClassVar, NoReturn
 
-from slm_export.blocks import CannotWalk
-from slm_export.blockwise import Block, Walk
+from slm_export.bundles.finished import Keeper
 from slm_export.checkpoint import Checkpoint, PassResult
+from slm_export.compression.blocks import CannotWalk
+from slm_export.compression.blockwise import Block, Walk
+from slm_export.compression.rounding import Compensation, round_matrix
+from slm_export.compression.workbench import DEFAULT, Workbench
 from slm_export.errors import InputError, MachineError
-from slm_export.finished import Keeper
 from slm_export.optimizers.group_quantize import GroupQuantize
-from slm_export.rounding import Compensation, round_matrix
 from slm_export.weights import GROUPS, Dense, Weight
-from slm_export.workbench import DEFAULT, Workbench
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from slm_export.bundles.finished import Keeper
 from slm_export.checkpoint import Checkpoint, PassResult
+from slm_export.compression.precision import BITS, ByName, chosen, refuse_names, refuse_values
+from slm_export.compression.workbench import DEFAULT, Workbench
 from slm_export.errors import InputError
-from slm_export.finished import Keeper
-from slm_export.precision import BITS, ByName, chosen, refuse_names, refuse_values
 from slm_export.weights import (
     CODE_RANGE,
     GROUPS,
@@ -33,7 +34,6 @@ from slm_export.weights import (
     grid_scale,
     quantized,
 )
-from slm_export.workbench import DEFAULT, Workbench
 
 Bits = Literal[4, 8, 16, 32]
 

@@ -20,9 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from slm_export.blockwise import Batch, Block
+from slm_export.compression.blockwise import Batch, Block
+from slm_export.compression.latent import Latent
 from slm_export.errors import InputError
-from slm_export.latent import Latent
 from slm_export.optimizers.gptq import Gptq
 from slm_export.weights import Quantized, Weight
 

@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slm_export.bundles.finished import Keeper
 from slm_export.checkpoint import Checkpoint, PassResult
+from slm_export.compression.workbench import DEFAULT, Workbench
 from slm_export.errors import InputError
-from slm_export.finished import Keeper
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.weights import TABLE_BITS, Dense, Palettized, pack_indices
-from slm_export.workbench import DEFAULT, Workbench
 
 _STEPS = 50
 """Most steps of Lloyd's algorithm; some 20 are enough for most tables."""

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from slm_export.checkpoint import Checkpoint, PassResult
+from slm_export.compression.geometry import attentions
+from slm_export.compression.narrowing import Wanted, count, narrowed
+from slm_export.compression.workbench import DEFAULT, Workbench
 from slm_export.errors import InputError
-from slm_export.geometry import attentions
-from slm_export.narrowing import Wanted, count, narrowed
-from slm_export.workbench import DEFAULT, Workbench
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from slm_export.checkpoint import Checkpoint, PassResult
-from slm_export.distillation import Student, Teacher, batches_of
+from slm_export.compression.distillation import Student, Teacher, batches_of
+from slm_export.compression.workbench import DEFAULT, Workbench
 from slm_export.errors import InputError
-from slm_export.load import load_checkpoint
+from slm_export.source.load import load_checkpoint
 from slm_export.weights import Weight
-from slm_export.workbench import DEFAULT, Workbench
 
 _MEASURED = 8
 """Times that the student is measured on held-out windows."""

@@ -24,15 +24,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from slm_export.blocks import LiveDialect, LiveLinear, run_model
 from slm_export.checkpoint import Checkpoint, PassResult
+from slm_export.compression.blocks import LiveDialect, LiveLinear, run_model
+from slm_export.compression.geometry import attentions
+from slm_export.compression.workbench import DEFAULT, Workbench
 from slm_export.errors import InputError
-from slm_export.geometry import attentions
-from slm_export.model import build_reference
-from slm_export.norms import rms_norm_of
-from slm_export.tasks import GENERATION
+from slm_export.graph.model import build_reference
+from slm_export.graph.norms import rms_norm_of
+from slm_export.source.tasks import GENERATION
 from slm_export.weights import Dense, Weight
-from slm_export.workbench import DEFAULT, Workbench
 
 _SAMPLE = 16  # tokens that the rotated model is held against the source on
 _TOLERANCE = 1e-3

@@ -18,16 +18,22 @@ from typing import Any, ClassVar
 
 import torch
 
-from slm_export.calibration import Calibration
 from slm_export.checkpoint import Checkpoint, PassResult, Vocabulary
+from slm_export.compression.calibration import Calibration
+from slm_export.compression.workbench import DEFAULT, Workbench
 from slm_export.errors import InputError
-from slm_export.load import architecture_of
-from slm_export.spelling import chosen, spelling_of
-from slm_export.tasks import ANSWERING, FILLING, TOKENS
-from slm_export.tokenizer import SourceTokenizer, tokenizer_of
-from slm_export.tokenizer_trim import LEFT_OUT, document_of, indispensable, renumbered, trimmed_files
+from slm_export.source.load import architecture_of
+from slm_export.source.tasks import ANSWERING, FILLING, TOKENS
+from slm_export.tokenization.spelling import chosen, spelling_of
+from slm_export.tokenization.tokenizer import SourceTokenizer, tokenizer_of
+from slm_export.tokenization.tokenizer_trim import (
+    LEFT_OUT,
+    document_of,
+    indispensable,
+    renumbered,
+    trimmed_files,
+)
 from slm_export.weights import Dense
-from slm_export.workbench import DEFAULT, Workbench
 
 _MULTIPLE = 32
 """Rows that kernels and groups of rows like to come in."""

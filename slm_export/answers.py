@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.tasks import CLASSIFICATION, EMBEDDING, FILLING, TOKENS
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.source.tasks import CLASSIFICATION, EMBEDDING, FILLING, TOKENS
+from slm_export.tokenization.tokenizer import SourceTokenizer
 
 _BEST = 5
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol
 
+from slm_export.compression.workbench import DEFAULT, Workbench
 from slm_export.weights import Weight
-from slm_export.workbench import DEFAULT, Workbench
 
 Role = Literal["embedding", "head", "table", "linear", "other"]
 """embedding: the vocabulary's table. head: the output layer over the vocabulary. table: any other

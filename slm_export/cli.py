@@ -148,15 +148,15 @@ def export(as_json: bool, junit: Path | None, pareto: bool, **options: Any) -> N
     MODEL is a Hugging Face model folder, the name of a model on the hub, a .keras file or a SavedModel folder. Without
     it, slm-export.toml in the current folder names model, target, device, formats and gates.
     """
-    from slm_export.junit import recorded
+    from slm_export.reports.junit import recorded
 
     if pareto:
-        from slm_export.pareto_command import pareto_command
+        from slm_export.commands.pareto import pareto_command
 
         pareto_command(_request(options), as_json)
         return
     with recorded(junit, "export") as cases:
-        from slm_export.commands import export_command
+        from slm_export.commands.bundles import export_command
 
         export_command(_request(options), as_json, cases)
 
@@ -176,7 +176,7 @@ def export(as_json: bool, junit: Path | None, pareto: bool, **options: Any) -> N
 @_JSON
 def run(bundle: Path, **options: Any) -> None:
     """Run a BUNDLE in its own runtime: stream text, or print an embedding or a label."""
-    from slm_export.commands import run_command
+    from slm_export.commands.bundles import run_command
 
     run_command(bundle, **options)
 
@@ -192,10 +192,10 @@ def run(bundle: Path, **options: Any) -> None:
 @_JSON
 def verify(bundle: Path, junit: Path | None, **options: Any) -> None:
     """Check a BUNDLE again: its files, its metadata, and with --source its fidelity."""
-    from slm_export.junit import recorded
+    from slm_export.reports.junit import recorded
 
     with recorded(junit, "verify") as cases:
-        from slm_export.commands import verify_command
+        from slm_export.commands.bundles import verify_command
 
         verify_command(bundle, cases=cases, **options)
 
@@ -206,7 +206,7 @@ def verify(bundle: Path, junit: Path | None, **options: Any) -> None:
 @_JSON
 def report(bundles: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
     """Compare BUNDLES side by side, as Markdown for a pull request; the first is what the others are held against."""
-    from slm_export.compare_commands import report_command
+    from slm_export.commands.comparing import report_command
 
     report_command(bundles, html, as_json)
 
@@ -228,8 +228,8 @@ def report(bundles: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
 @_JSON
 def diff(**options: Any) -> None:
     """Tell how the bundle NEW differs from OLD: size, codes by layer, fidelity, speed, versions."""
-    from slm_export.compare_commands import diff_command
-    from slm_export.junit import recorded
+    from slm_export.commands.comparing import diff_command
+    from slm_export.reports.junit import recorded
 
     with recorded(options.pop("junit"), "diff") as cases:
         diff_command(cases=cases, **options)
@@ -279,7 +279,7 @@ def diff(**options: Any) -> None:
 def bench(as_json: bool, **options: Any) -> None:
     """Measure how fast an artifact loads, reads and writes, with medians and their spread."""
     from slm_export.bench.command import BenchRequest
-    from slm_export.commands import bench_command
+    from slm_export.commands.bundles import bench_command
 
     bench_command(BenchRequest(sustained_s=options.pop("sustained"), **options), as_json)
 
@@ -289,14 +289,14 @@ def bench(as_json: bool, **options: Any) -> None:
 @_JSON
 def devices(name: str | None, as_json: bool) -> None:
     """List the device profiles, or show the one called NAME (or in FILE.toml)."""
-    from slm_export.commands import devices_command
+    from slm_export.commands.bundles import devices_command
 
     devices_command(name, as_json)
 
 
 def _request(options: dict[str, Any]) -> Request:
     """Return the request of a command line, what it leaves open filled from slm-export.toml."""
-    from slm_export.budget import Budget, parse_bytes
+    from slm_export.budget.budget import Budget, parse_bytes
     from slm_export.compilation import Request
     from slm_export.recipe import QuantizationOptions
     from slm_export.settings import load_settings
@@ -372,7 +372,7 @@ def _fail(message: str, code: int, as_json: bool, report: Any = None) -> NoRetur
     if as_json:
         document: dict[str, Any] = {"error": {"message": message, "exit_code": code}}
         if report is not None:
-            from slm_export.report import to_json
+            from slm_export.reports.report import to_json
 
             document["report"] = to_json(report)
         click.echo(json.dumps(document, ensure_ascii=False))

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from slm_export.budget import Budget
+from slm_export.budget.budget import Budget
 from slm_export.checkpoint import Checkpoint
-from slm_export.details import FrontierPoint
 from slm_export.errors import InputError
 from slm_export.gates import SPEED, TELLING, Gates
 from slm_export.optimizers.palettize import Palettize
@@ -16,9 +15,10 @@ from slm_export.optimizers.trim_vocabulary import TrimVocabulary
 from slm_export.profile import DeviceProfile, default_profile, load_profile
 from slm_export.recipe import QuantizationOptions, Recipe, build_recipe
 from slm_export.registry import exporter, target
+from slm_export.reports.details import FrontierPoint
 from slm_export.runtime import Exporter, Target
 from slm_export.settings import FILE_NAME, Settings
-from slm_export.tasks import GENERATION
+from slm_export.source.tasks import GENERATION
 
 DEFAULT_CONTEXT = 2048
 

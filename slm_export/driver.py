@@ -7,25 +7,23 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from slm_export import __version__, bundle, fidelity
-from slm_export.asked import asked
-from slm_export.by_weight import rows_of
+from slm_export import __version__, fidelity
+from slm_export.bundles import bundle
+from slm_export.bundles.finished import until_the_end
 from slm_export.checkpoint import Checkpoint
 from slm_export.compilation import Plan, check_gates, context_for
-from slm_export.environment import environment
 from slm_export.errors import GateError
 from slm_export.evaltext import load_documents, text_sha256
 from slm_export.fidelity.judging import checks_of, judge_acceleration
-from slm_export.finished import until_the_end
 from slm_export.gates import Gates
-from slm_export.hub import find_model
 from slm_export.judge import Judgement, Subject, judge_artifact
-from slm_export.load import check_values, load_checkpoint
 from slm_export.optimize import calibration_for, optimize
 from slm_export.parity import Trace, compare, judge_pairs
 from slm_export.progress import Progress
-from slm_export.provenance import facts_of, refuse_large_vocabulary, runtime_facts
 from slm_export.recipe import lowest_bits
+from slm_export.reports.asked import asked
+from slm_export.reports.by_weight import rows_of
+from slm_export.reports.environment import environment
 from slm_export.results import (
     Artifact,
     Check,
@@ -37,8 +35,11 @@ from slm_export.results import (
     Report,
 )
 from slm_export.runtime import Exporter, ExportOptions, Proven
-from slm_export.tasks import GENERATION
-from slm_export.tokenizer import OWN_TOKENIZER, SourceTokenizer, tokenizer_of
+from slm_export.source.hub import find_model
+from slm_export.source.load import check_values, load_checkpoint
+from slm_export.source.provenance import facts_of, refuse_large_vocabulary, runtime_facts
+from slm_export.source.tasks import GENERATION
+from slm_export.tokenization.tokenizer import OWN_TOKENIZER, SourceTokenizer, tokenizer_of
 
 _TOOLS = ("torch", "transformers", "tokenizers", "safetensors")
 

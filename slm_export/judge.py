@@ -15,7 +15,7 @@ from slm_export.parity import Trace, judge_codes, quantized_weights, trace_of
 from slm_export.progress import Progress
 from slm_export.results import Check, Quality, TokenQuality
 from slm_export.runtime import DecoderSession, EncoderSession, Exporter
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.tokenization.tokenizer import SourceTokenizer
 from slm_export.vendor_text import judge_vendor_text
 
 _LONG_TEXTS = 2

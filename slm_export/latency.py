@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_export.child import call, serve
 from slm_export.results import EncoderLatency, Latency, TokenLatency
-from slm_export.tasks import GENERATION
+from slm_export.source.tasks import GENERATION
 
 if TYPE_CHECKING:
     from slm_export.runtime import DecoderSession, EncoderSession

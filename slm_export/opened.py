@@ -10,26 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from slm_export.answers import answer
-from slm_export.bundle import Manifest, read_manifest, verify_files
+from slm_export.bundles.bundle import Manifest, read_manifest, verify_files
+from slm_export.bundles.manifest import ArtifactEntry
 from slm_export.compilation import refuse_foreign_text
 from slm_export.errors import GateError, InputError
 from slm_export.evaltext import load_documents
 from slm_export.fidelity import References, judging, references
 from slm_export.gates import Gates
 from slm_export.generation import Sampling, generate
-from slm_export.hub import find_model
 from slm_export.judge import Subject, judge_artifact, self_check
-from slm_export.load import load_checkpoint
-from slm_export.manifest import ArtifactEntry
 from slm_export.optimize import calibration_for, optimize, refuse_other_text
 from slm_export.parity import Stored, Trace, compare, judge_pairs
 from slm_export.progress import Progress
-from slm_export.provenance import source_sha256
 from slm_export.recipe import make_pass
 from slm_export.registry import exporter
 from slm_export.results import Artifact, CalibrationFacts, Check, Pair
 from slm_export.runtime import DecoderSession, EncoderSession, Session
-from slm_export.tokenizer import OWN_TOKENIZER, Detokenizer, SourceTokenizer
+from slm_export.source.hub import find_model
+from slm_export.source.load import load_checkpoint
+from slm_export.source.provenance import source_sha256
+from slm_export.tokenization.tokenizer import OWN_TOKENIZER, Detokenizer, SourceTokenizer
 
 
 @dataclass(frozen=True)

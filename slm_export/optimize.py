@@ -7,19 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slm_export.bundle import machine_errors
-from slm_export.by_weight import relative_errors, still_true
-from slm_export.calibration import Calibration, own_calibration, read_calibration, shipped_calibration
+from slm_export.bundles.bundle import machine_errors
+from slm_export.bundles.finished import IN_MEMORY, Finished, Keeper, cache_folder, finished_weights
 from slm_export.checkpoint import Checkpoint
+from slm_export.compression.calibration import (
+    Calibration,
+    own_calibration,
+    read_calibration,
+    shipped_calibration,
+)
+from slm_export.compression.workbench import Workbench
 from slm_export.errors import InputError
-from slm_export.finished import IN_MEMORY, Finished, Keeper, cache_folder, finished_weights
-from slm_export.model import build_reference
+from slm_export.graph.model import build_reference
 from slm_export.progress import Progress
 from slm_export.recipe import Recipe, options_of, unaccounted
+from slm_export.reports.by_weight import relative_errors, still_true
 from slm_export.results import CalibrationFacts, PassRow
-from slm_export.tasks import GENERATION
-from slm_export.tokenizer import SourceTokenizer, tokenizer_of
-from slm_export.workbench import Workbench
+from slm_export.source.tasks import GENERATION
+from slm_export.tokenization.tokenizer import SourceTokenizer, tokenizer_of
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from slm_export.checkpoint import Checkpoint
 from slm_export.evaltext import load_sentences
 from slm_export.results import Check, Pair
 from slm_export.runtime import DecoderSession, EncoderSession, Session
-from slm_export.tasks import EMBEDDING, rows
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.source.tasks import EMBEDDING, rows
+from slm_export.tokenization.tokenizer import SourceTokenizer
 from slm_export.weights import Coded, Dense, Palettized
 
 TOKENS = 128

@@ -27,7 +27,7 @@ from rich.text import Text
 
 from slm_export.interrupts import still_an_interrupt
 from slm_export.memory import peak_resident_mb, resident_mb
-from slm_export.words import printable, seconds
+from slm_export.reports.words import printable, seconds
 
 _SAMPLE_S = 0.2
 _HEARTBEAT_S = 10.0

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slm_export.checksums import sha256_file, size_of
-from slm_export.details import Divergence, FrontierPoint, Furthest, Prediction, WeightRow
+from slm_export.bundles.checksums import sha256_file, size_of
+from slm_export.reports.details import Divergence, FrontierPoint, Furthest, Prediction, WeightRow
 
 
 @dataclass(frozen=True)

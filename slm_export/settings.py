@@ -13,11 +13,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from slm_export.budget import Budget, parse_bytes
-from slm_export.diff_limits import DiffLimits
+from slm_export.budget.budget import Budget, parse_bytes
 from slm_export.errors import InputError
 from slm_export.gates import Gates
 from slm_export.profile import FormatName, TargetName
+from slm_export.reports.diff_limits import DiffLimits
 from slm_export.tomlfile import read_model
 
 FILE_NAME = "slm-export.toml"

@@ -8,8 +8,8 @@ from typing import Any
 from slm_export.child import call, serve
 from slm_export.results import Check
 from slm_export.runtime import DecoderSession, Exporter
-from slm_export.tasks import GENERATION
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.source.tasks import GENERATION
+from slm_export.tokenization.tokenizer import SourceTokenizer
 
 TOKENS = 48
 

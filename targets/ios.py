@@ -14,7 +14,7 @@ from slm_export.runtime import Proven
 from slm_export.targets.ios_package import FORMATS, write_package
 from slm_export.targets.ios_tokenizer import check_tokenizer
 from slm_export.targets.plain import PlainFolder
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.tokenization.tokenizer import SourceTokenizer
 
 
 class Ios(PlainFolder):

@@ -16,14 +16,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from slm_export.checksums import scan
-from slm_export.manifest import MANIFEST
+from slm_export.bundles.checksums import scan
+from slm_export.bundles.manifest import MANIFEST
+from slm_export.bundles.sbom import SBOM
 from slm_export.results import Artifact
 from slm_export.runtime import Proven
-from slm_export.sbom import SBOM
+from slm_export.source.tasks import ANSWERING, CLASSIFICATION, EMBEDDING, FILLING, GENERATION, TOKENS
 from slm_export.targets import ios_tokenizer
 from slm_export.targets.ios_words import EXAMPLES, USES, entitlements, facts, memory_note, swift_string
-from slm_export.tasks import ANSWERING, CLASSIFICATION, EMBEDDING, FILLING, GENERATION, TOKENS
 
 FORMATS = ("coreml", "executorch")
 """The formats that there is Swift code for."""

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from slm_export import conformance_strings
 from slm_export.errors import InputError
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.tokenization import conformance_strings
+from slm_export.tokenization.tokenizer import SourceTokenizer
 
 VERSION = "1.3.3"
 """The release of swift-transformers that a package depends on."""

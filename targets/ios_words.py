@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from slm_export.runtime import Proven
-from slm_export.tasks import ANSWERING, CLASSIFICATION, EMBEDDING, FILLING, GENERATION, TOKENS
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.source.tasks import ANSWERING, CLASSIFICATION, EMBEDDING, FILLING, GENERATION, TOKENS
+from slm_export.tokenization.tokenizer import SourceTokenizer
 
 INCREASED_MEMORY = "com.apple.developer.kernel.increased-memory-limit"
 EXTENDED_ADDRESSES = "com.apple.developer.kernel.extended-virtual-addressing"

@@ -9,8 +9,8 @@ from slm_export.latency import measure
 from slm_export.profile import FORMATS
 from slm_export.results import Latency
 from slm_export.runtime import Proven
-from slm_export.tokenizer import SourceTokenizer
-from slm_export.tokenizer_bundle import write_tokenizer
+from slm_export.tokenization.tokenizer import SourceTokenizer
+from slm_export.tokenization.tokenizer_bundle import write_tokenizer
 
 
 class PlainFolder:

@@ -15,7 +15,7 @@ import hypothesis
 import pytest
 from forked import Forked, forked
 
-from slm_export.finished import CACHE_VARIABLE
+from slm_export.bundles.finished import CACHE_VARIABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")

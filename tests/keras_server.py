@@ -18,8 +18,8 @@ from typing import Any
 
 import forked
 
-from slm_export import keras_export
-from slm_export.checksums import sha256_file
+from slm_export.bundles.checksums import sha256_file
+from slm_export.keras import export as keras_export
 
 # Scales of the matrix, codes of another, a bias in float: name -> what its bytes become.
 FAULTS: dict[str, tuple[str, Callable[[Any], tuple[Any, Any]]]] = {

@@ -46,7 +46,7 @@ def attend_to_half(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
 ) -> Any:
     """Attend with values of half the width of their keys, as DeepSeek does with some."""
-    from slm_export.model import _attend
+    from slm_export.graph.model import _attend
 
     return _attend(module, query, key, value[..., : value.shape[3] // 2], *args, **options)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from slm_export.calibration import Calibration
 from slm_export.checkpoint import Checkpoint
-from slm_export.load import load_checkpoint
-from slm_export.model import build_reference
+from slm_export.compression.calibration import Calibration
+from slm_export.graph.model import build_reference
+from slm_export.source.load import load_checkpoint
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 128,

@@ -23,8 +23,8 @@ from slm_export.bench.subject import Subject, find_subject
 from slm_export.evaltext import load_documents
 from slm_export.exporters.litert_container import Container
 from slm_export.fidelity.thresholds import default_gates
-from slm_export.tasks import GENERATION
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.source.tasks import GENERATION
+from slm_export.tokenization.tokenizer import SourceTokenizer
 
 pytestmark = [
     pytest.mark.arm,

@@ -11,11 +11,11 @@ import transformers
 from small_models import divergence, logits, random_text, saved
 
 from slm_export.checkpoint import Checkpoint
+from slm_export.compression.workbench import Workbench
 from slm_export.errors import InputError
 from slm_export.optimizers.awq import Awq
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.recipe import unaccounted
-from slm_export.workbench import Workbench
 
 TEXT = random_text()
 WORK = Workbench(calibration=TEXT)

@@ -28,10 +28,10 @@ from slm_export.child import Child
 from slm_export.cli import cli
 from slm_export.errors import InputError, MachineError, MissingComponentError
 from slm_export.exporters.executorch import ExecuTorchExporter
-from slm_export.load import load_checkpoint
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.progress import Progress
 from slm_export.runtime import ExportOptions
+from slm_export.source.load import load_checkpoint
 
 CONTEXT = 48
 

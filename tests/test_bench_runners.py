@@ -13,7 +13,7 @@ from slm_export.bench.runners.prompts import open_tokenizer, text_of
 from slm_export.bench.subject import Subject
 from slm_export.bench.workload import Turn, Workload
 from slm_export.errors import InputError
-from slm_export.tasks import EMBEDDING, GENERATION
+from slm_export.source.tasks import EMBEDDING, GENERATION
 
 LITERT_LM = """I0000 00:00:1 litert_lm_lib.cc:100] BenchmarkInfo:
   Init Phases (2):

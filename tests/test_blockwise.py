@@ -9,11 +9,11 @@ import torch
 from checkpoints import dense
 from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
-from slm_export.blocks import CannotWalk
-from slm_export.blockwise import Block, Walk
 from slm_export.checkpoint import Checkpoint
-from slm_export.load import load_checkpoint
-from slm_export.model import build_reference
+from slm_export.compression.blocks import CannotWalk
+from slm_export.compression.blockwise import Block, Walk
+from slm_export.graph.model import build_reference
+from slm_export.source.load import load_checkpoint
 
 WINDOWS = [(5, 6, 7, 8), (9, 10, 11, 12), (13, 14), (20, 21, 22, 23)]
 

@@ -13,10 +13,10 @@ import pytest
 from browser import Page, browser, find_chromium
 from sample_reports import artifact_of, decoder_report, encoder_report, fill, full_report, make, unverified
 
-from slm_export.compared import read_bundles
-from slm_export.comparison import compare_bundles
-from slm_export.page.comparison_page import comparison_page
-from slm_export.report import bundled, to_html
+from slm_export.reports.compared import read_bundles
+from slm_export.reports.comparison import compare_bundles
+from slm_export.reports.page.comparison_page import comparison_page
+from slm_export.reports.report import bundled, to_html
 
 pytestmark = pytest.mark.browser
 

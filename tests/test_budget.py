@@ -8,9 +8,9 @@ import random
 
 import pytest
 
-from slm_export.allocation import Limit, solve
-from slm_export.budget import Budget, parse_bytes
-from slm_export.choices import FLOAT16, INT8, Choice
+from slm_export.budget.allocation import Limit, solve
+from slm_export.budget.budget import Budget, parse_bytes
+from slm_export.budget.choices import FLOAT16, INT8, Choice
 from slm_export.errors import InputError
 
 FOUR = Choice(4, 32)

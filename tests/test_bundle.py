@@ -20,9 +20,16 @@ from sample_reports import (
     unverified,
 )
 
-from slm_export.bundle import read_manifest, sha256_file, size_of, tree_files, verify_files, write_documents
+from slm_export.bundles.bundle import (
+    read_manifest,
+    sha256_file,
+    size_of,
+    tree_files,
+    verify_files,
+    write_documents,
+)
+from slm_export.bundles.manifest import Manifest, to_text
 from slm_export.errors import GateError, InputError, MachineError
-from slm_export.manifest import Manifest, to_text
 
 # --- the manifest ------------------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from checkpoints import checkpoint, normal
 
-from slm_export.by_weight import layer_of, relative_errors, rows_of, still_true
 from slm_export.optimizers.group_quantize import GroupQuantize
+from slm_export.reports.by_weight import layer_of, relative_errors, rows_of, still_true
 
 
 def test_the_error_is_relative_to_what_changed() -> None:

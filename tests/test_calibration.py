@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from slm_export.calibration import LENGTH, own_calibration, read_calibration, shipped_calibration
+from slm_export.compression.calibration import LENGTH, own_calibration, read_calibration, shipped_calibration
 from slm_export.errors import InputError
-from slm_export.load import load_checkpoint
-from slm_export.model import build_reference
-from slm_export.tasks import EMBEDDING, GENERATION
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.graph.model import build_reference
+from slm_export.source.load import load_checkpoint
+from slm_export.source.tasks import EMBEDDING, GENERATION
+from slm_export.tokenization.tokenizer import SourceTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ def test_both_jobs_run_the_same_commands() -> None:
 
 
 def test_every_limit_is_in_the_table() -> None:
-    from slm_export.diff_limits import DiffLimits
+    from slm_export.reports.diff_limits import DiffLimits
 
     table = PAGE[PAGE.index("## The limits") :]
     assert set(re.findall(r"`(max_\w+)`", table)) == set(DiffLimits.model_fields)

@@ -16,7 +16,7 @@ import pytest
 from conftest import command, environment
 from forked import Forked
 
-from slm_export.bundle import read_manifest, verify_files
+from slm_export.bundles.bundle import read_manifest, verify_files
 
 PROFILE = 'schema = 1\nname = "mine"\ntitle = "Mine"\ntarget = "host"\nformats = ["executorch"]\n'
 IMPOSSIBLE = PROFILE + "[gates]\nmax_bytes = 1000\n"

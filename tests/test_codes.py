@@ -8,9 +8,9 @@ import pytest
 import torch
 from checkpoints import normal
 
-from slm_export import codes
-from slm_export.codes import by_block, changes, share_changed
 from slm_export.optimizers.group_quantize import quantize
+from slm_export.reports import codes
+from slm_export.reports.codes import by_block, changes, share_changed
 from slm_export.weights import Coded, Palettized, Quantized, pack_indices, quantized
 
 

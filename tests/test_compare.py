@@ -14,17 +14,17 @@ from checkpoints import normal
 from forked import Forked
 from sample_reports import GATES, RUNTIME, artifact_of, decoder_report, encoder_report, fill
 
-from slm_export import difference as differing
-from slm_export.bundle import staged, write_documents
-from slm_export.compared import read_bundles
-from slm_export.comparison import compare_bundles, to_json, to_markdown
-from slm_export.diff_limits import DiffLimits, parse_limits
-from slm_export.difference import difference, judge
+from slm_export.bundles.bundle import staged, write_documents
 from slm_export.errors import GateError, InputError
-from slm_export.figures import BY_NAME, FIGURES
 from slm_export.optimizers.group_quantize import quantize
-from slm_export.page.comparison_page import comparison_page
 from slm_export.progress import Progress
+from slm_export.reports import difference as differing
+from slm_export.reports.compared import read_bundles
+from slm_export.reports.comparison import compare_bundles, to_json, to_markdown
+from slm_export.reports.diff_limits import DiffLimits, parse_limits
+from slm_export.reports.difference import difference, judge
+from slm_export.reports.figures import BY_NAME, FIGURES
+from slm_export.reports.page.comparison_page import comparison_page
 from slm_export.results import Report, TokenLatency, TokenQuality
 from slm_export.settings import Settings
 

@@ -10,7 +10,7 @@ import pytest
 from checkpoints import checkpoint
 
 from slm_export import compilation
-from slm_export.budget import Budget
+from slm_export.budget.budget import Budget
 from slm_export.compilation import DEFAULT_CONTEXT, Request, check_gates, context_for, make_plan
 from slm_export.errors import InputError, MissingComponentError
 from slm_export.gates import Gates

@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from slm_export import runtime_tokenizers
-from slm_export.conformance import EXAMPLES_PER_KIND, Case, Conformance, cases, compare
 from slm_export.errors import GateError, InputError, MissingComponentError
-from slm_export.runtime_tokenizers import ExecuTorchTokenizer, TokenizerLoadError, captured_stderr
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.tokenization import runtime_tokenizers
+from slm_export.tokenization.conformance import EXAMPLES_PER_KIND, Case, Conformance, cases, compare
+from slm_export.tokenization.runtime_tokenizers import (
+    ExecuTorchTokenizer,
+    TokenizerLoadError,
+    captured_stderr,
+)
+from slm_export.tokenization.tokenizer import SourceTokenizer
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pycode-5m"
 

@@ -20,10 +20,10 @@ from slm_export.exporters.coreml_session import Decoder
 from slm_export.exporters.mil.package import Package
 from slm_export.exporters.mil.program import Name
 from slm_export.exporters.mil.widened import widened
-from slm_export.load import load_checkpoint
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.profile import CoreML
 from slm_export.runtime import ExportOptions
+from slm_export.source.load import load_checkpoint
 from slm_export.weights import Quantized
 
 CONTEXT = 64

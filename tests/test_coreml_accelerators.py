@@ -27,13 +27,13 @@ from slm_export.exporters.mil.package import Feature, Function, Package
 from slm_export.exporters.mil.program import Name, Operation, TensorType
 from slm_export.fidelity.judging import judge_acceleration
 from slm_export.gates import TELLING, Gates
-from slm_export.load import load_checkpoint
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.profile import FORMATS, CoreML
 from slm_export.registry import exporter
 from slm_export.results import Delegation
 from slm_export.runtime import ExportOptions
 from slm_export.settings import load_settings
+from slm_export.source.load import load_checkpoint
 
 CONTEXT = 64
 SETTINGS = 'model = "model"\ntarget = "ios"\nformats = ["{}"]\n[gates]\nmin_accelerated = {}\n'

@@ -16,9 +16,9 @@ from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError
 from slm_export.exporters.coreml import CoreMLExporter
 from slm_export.exporters.mil.package import Package
-from slm_export.load import load_checkpoint
 from slm_export.parity import judge_codes, quantized_weights
 from slm_export.runtime import ExportOptions
+from slm_export.source.load import load_checkpoint
 
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"

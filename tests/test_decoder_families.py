@@ -16,11 +16,11 @@ from slm_export.checkpoint import Checkpoint
 from slm_export.exporters.executorch import ExecuTorchExporter
 from slm_export.exporters.executorch_dialect import xnnpack_rounding
 from slm_export.generation import Sampling, generate
-from slm_export.load import load_checkpoint
-from slm_export.model import build_reference
+from slm_export.graph.model import build_reference
 from slm_export.runtime import DecoderSession
-from slm_export.runtime_tokenizers import ExecuTorchTokenizer
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.source.load import load_checkpoint
+from slm_export.tokenization.runtime_tokenizers import ExecuTorchTokenizer
+from slm_export.tokenization.tokenizer import SourceTokenizer
 
 TOKENS = 60
 PROMPT, GENERATED = "def save(family: Family", 30

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slm_export import dialect
-from slm_export.dialect import ReferenceDialect, fake_quantize_per_token
 from slm_export.exporters.executorch_dialect import xnnpack_rounding
+from slm_export.graph import dialect
+from slm_export.graph.dialect import ReferenceDialect, fake_quantize_per_token
 from slm_export.optimizers.group_quantize import quantize
 from slm_export.weights import Weight
 

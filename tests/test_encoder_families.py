@@ -10,11 +10,11 @@ import pytest
 import torch
 from families import INT8, ROUNDING, UNQUANTIZED, WHOLE, apart, ids_of
 
-from slm_export import tasks
 from slm_export.exporters.executorch_dialect import xnnpack_rounding
-from slm_export.load import load_checkpoint
-from slm_export.model import build_reference
+from slm_export.graph.model import build_reference
 from slm_export.runtime import EncoderSession
+from slm_export.source import tasks
+from slm_export.source.load import load_checkpoint
 
 QUICK = ("bert, masks", "distilbert, answers")
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import Cli, command, environment
 
-from slm_export.bundle import read_manifest, verify_files
+from slm_export.bundles.bundle import read_manifest, verify_files
 
 
 def exported(model: Path, folder: Path, *options: str) -> tuple[Path, dict[str, Any]]:

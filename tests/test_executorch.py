@@ -12,10 +12,10 @@ from torch import Tensor
 from slm_export.checkpoint import Checkpoint
 from slm_export.exporters.executorch import ExecuTorchExporter
 from slm_export.exporters.executorch_dialect import xnnpack_rounding
-from slm_export.load import load_checkpoint
-from slm_export.model import build_reference
+from slm_export.graph.model import build_reference
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.runtime import DecoderSession, ExportOptions
+from slm_export.source.load import load_checkpoint
 
 CONTEXT = 48
 WIDTHS = {

@@ -13,8 +13,8 @@ import torch
 from slm_export.checkpoint import Checkpoint
 from slm_export.exporters import executorch_lowering as lowering
 from slm_export.exporters.executorch_stand_in import constants_of
-from slm_export.load import load_checkpoint
 from slm_export.optimizers.group_quantize import GroupQuantize
+from slm_export.source.load import load_checkpoint
 
 RECIPES = {
     "4 bits": GroupQuantize(bits=4, group=32, embedding_bits=4),

@@ -16,8 +16,8 @@ from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError
 from slm_export.exporters.executorch import ExecuTorchExporter
 from slm_export.exporters.executorch_stand_in import constants_of
-from slm_export.load import load_checkpoint
 from slm_export.optimizers.group_quantize import GroupQuantize
+from slm_export.source.load import load_checkpoint
 from slm_export.weights import Quantized
 
 BITS_8 = GroupQuantize(bits=8, embedding_bits=8, search=False)

@@ -11,9 +11,9 @@ import torch
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.exporters import executorch_lowering as lowering
-from slm_export.layers import CannotStamp, layers_of
-from slm_export.load import load_checkpoint
+from slm_export.graph.layers import CannotStamp, layers_of
 from slm_export.optimizers.group_quantize import GroupQuantize
+from slm_export.source.load import load_checkpoint
 
 LAYERS = 3
 RECIPES = {

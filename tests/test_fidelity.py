@@ -19,12 +19,12 @@ from slm_export.fidelity.greedy import judge_greedy
 from slm_export.fidelity.judging import checks_of
 from slm_export.fidelity.vocabularies import OneVocabulary, Passage
 from slm_export.gates import Gates
-from slm_export.load import load_checkpoint
-from slm_export.model import build_reference
+from slm_export.graph.model import build_reference
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.results import Check, EmbeddingQuality, TokenLatency, TokenQuality
-from slm_export.runtime_tokenizers import ExecuTorchTokenizer
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.source.load import load_checkpoint
+from slm_export.tokenization.runtime_tokenizers import ExecuTorchTokenizer
+from slm_export.tokenization.tokenizer import SourceTokenizer
 from slm_export.weights import Dense
 
 DOCUMENTS = load_documents(None)[:6]

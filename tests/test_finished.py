@@ -14,8 +14,8 @@ import torch
 from checkpoints import normal
 from conftest import Cli, command, environment
 
+from slm_export.bundles.finished import CACHE_VARIABLE, Finished, finished_weights, until_the_end
 from slm_export.errors import GateError
-from slm_export.finished import CACHE_VARIABLE, Finished, finished_weights, until_the_end
 from slm_export.optimizers.group_quantize import quantize
 from slm_export.weights import Quantized
 

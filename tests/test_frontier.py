@@ -8,17 +8,17 @@ import pytest
 import torch
 from checkpoints import checkpoint, normal
 
-from slm_export.choices import INT8
-from slm_export.expectation import Expectation, Loss
-from slm_export.frontier import MEASURED, frontier, measured, ratio
-from slm_export.page.frontier_page import frontier_page, rows
+from slm_export.budget.choices import INT8
+from slm_export.budget.expectation import Expectation, Loss
+from slm_export.budget.frontier import MEASURED, frontier, measured, ratio
+from slm_export.reports.page.frontier_page import frontier_page, rows
 
 
 @pytest.fixture
 def expected(monkeypatch):
     """Six matrices, of which the later ones cost more."""
     source = checkpoint({f"layers.{n}.weight": normal(64, 256, seed=n) for n in range(6)})
-    monkeypatch.setattr("slm_export.costs.program_bytes", lambda *_: 1000.0)
+    monkeypatch.setattr("slm_export.budget.costs.program_bytes", lambda *_: 1000.0)
     made = Expectation.of(source, ("executorch",), None, 0)
     costs = {
         name: {c: (n + 1) * {16: 0.0, 8: 1e-5, 4: 1e-3 * max(c.group, 32) / 32}[c.bits] for c in choices}

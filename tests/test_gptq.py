@@ -9,18 +9,18 @@ from small_models import divergence, random_text
 from torch import Tensor
 from transformers import AlbertConfig, AlbertModel
 
-from slm_export.blockwise import Block
-from slm_export.calibration import Calibration
+from slm_export.bundles.finished import Finished
 from slm_export.checkpoint import Checkpoint
+from slm_export.compression.blockwise import Block
+from slm_export.compression.calibration import Calibration
+from slm_export.compression.workbench import Workbench
 from slm_export.errors import InputError, MachineError
-from slm_export.finished import Finished
-from slm_export.load import load_checkpoint
 from slm_export.optimizers import gptq
 from slm_export.optimizers.gptq import Gptq
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.recipe import make_pass, unaccounted
+from slm_export.source.load import load_checkpoint
 from slm_export.weights import Dense, Quantized
-from slm_export.workbench import Workbench
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError
-from slm_export.load import load_checkpoint
 from slm_export.optimizers import group_quantize
 from slm_export.optimizers.group_quantize import GroupQuantize, quantize
 from slm_export.recipe import unaccounted
+from slm_export.source.load import load_checkpoint
 from slm_export.weights import CODE_RANGE, SMALLEST_SCALE, Dense, Quantized, grid_scale
 
 KINDS = ((4, 32), (4, 64), (4, 128), (8, 128))

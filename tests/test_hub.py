@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants, errors
 
 from slm_export.errors import InputError, MachineError, SlmExportError
-from slm_export.hub import find_model
+from slm_export.source.hub import find_model
 
 
 @pytest.fixture

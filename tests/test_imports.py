@@ -36,10 +36,10 @@ CORE = (
     "errors",
     "gates",
     "results",
-    "dialect",
+    "graph/dialect",
     "runtime",
-    "model",
-    "load",
+    "graph/model",
+    "source/load",
 )
 TOP = ("driver", "commands", "cli", "opened")
 

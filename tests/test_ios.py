@@ -17,8 +17,8 @@ import tree_sitter_swift
 from conftest import Cli
 from transformers import AutoConfig
 
-from slm_export.bundle import read_manifest, verify_files
-from slm_export.checksums import scan, sha256_file, size_of
+from slm_export.bundles.bundle import read_manifest, verify_files
+from slm_export.bundles.checksums import scan, sha256_file, size_of
 from slm_export.errors import InputError
 from slm_export.exporters import coreml_graph as names
 from slm_export.exporters import coreml_metadata as keys
@@ -26,10 +26,18 @@ from slm_export.exporters.executorch import ExecuTorchExporter
 from slm_export.profile import CoreML, load_profile
 from slm_export.results import Artifact, ModelFacts, Signature
 from slm_export.runtime import Proven
+from slm_export.source.tasks import (
+    ANSWERING,
+    CLASSIFICATION,
+    EMBEDDING,
+    FILLING,
+    GENERATION,
+    TOKENS,
+    output_shape,
+)
 from slm_export.targets import ios_package, ios_tokenizer, ios_words
 from slm_export.targets.ios import Ios
-from slm_export.tasks import ANSWERING, CLASSIFICATION, EMBEDDING, FILLING, GENERATION, TOKENS, output_shape
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.tokenization.tokenizer import SourceTokenizer
 
 TASKS = (GENERATION, EMBEDDING, CLASSIFICATION, TOKENS, ANSWERING, FILLING)
 FORMATS = {"coreml": "coreml/Model.mlpackage", "executorch": "executorch/model.pte"}

@@ -12,7 +12,7 @@ from sample_reports import artifact_of, decoder_report, fill, make, unverified
 
 from slm_export.driver import FailedGateError
 from slm_export.errors import InputError, SlmExportError
-from slm_export.junit import Cases, recorded, to_xml
+from slm_export.reports.junit import Cases, recorded, to_xml
 from slm_export.results import Check
 
 

@@ -19,11 +19,11 @@ from forked import Forked
 from keras_models import TOKENS, VOCABULARY, texts
 from rich.console import Console
 
-from slm_export import keras_export
-from slm_export.bundle import read_manifest, verify_files
-from slm_export.checksums import sha256_file
+from slm_export.bundles.bundle import read_manifest, verify_files
+from slm_export.bundles.checksums import sha256_file
 from slm_export.compilation import Request, make_plan
 from slm_export.errors import InputError
+from slm_export.keras import export as keras_export
 from slm_export.progress import Progress
 from slm_export.recipe import QuantizationOptions
 
@@ -357,7 +357,7 @@ def test_a_constant_goes_back_to_where_it_came_from(columns: tuple[int, ...]) ->
 
 
 def test_made_up_ids_cover_every_length_and_the_whole_table() -> None:
-    from slm_export.keras_inputs import held_out
+    from slm_export.keras.inputs import held_out
 
     inputs = held_out(None, None, 50, 16).inputs
     assert {len(ids) for ids in inputs} == set(range(1, 17))

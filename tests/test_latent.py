@@ -6,7 +6,7 @@ import pytest
 import torch
 from checkpoints import normal
 
-from slm_export.latent import Latent
+from slm_export.compression.latent import Latent
 from slm_export.optimizers.group_quantize import quantize
 from slm_export.weights import CODE_RANGE, grid_scale
 

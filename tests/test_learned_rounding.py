@@ -7,17 +7,17 @@ import small_models
 import torch
 from small_models import random_text
 
-from slm_export.calibration import Calibration
+from slm_export.bundles.finished import Finished
 from slm_export.checkpoint import Checkpoint
+from slm_export.compression.calibration import Calibration
+from slm_export.compression.workbench import Workbench
 from slm_export.errors import InputError
-from slm_export.finished import Finished
-from slm_export.model import build_reference
+from slm_export.graph.model import build_reference
 from slm_export.optimizers import learned_rounding
 from slm_export.optimizers.gptq import Gptq
 from slm_export.optimizers.learned_rounding import LearnedRounding
 from slm_export.recipe import unaccounted
 from slm_export.weights import CODE_RANGE, Quantized, grid_scale
-from slm_export.workbench import Workbench
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ from slm_export.errors import InputError
 from slm_export.exporters import litert, litert_lowering
 from slm_export.exporters.litert import LiteRTExporter
 from slm_export.exporters.litert_container import Container
-from slm_export.layers import CannotStamp
-from slm_export.load import load_checkpoint
-from slm_export.model import build_reference
+from slm_export.graph.layers import CannotStamp
+from slm_export.graph.model import build_reference
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.parity import differing, judge_codes
 from slm_export.runtime import DecoderSession, ExportOptions
+from slm_export.source.load import load_checkpoint
 from slm_export.weights import Dense, Quantized
 
 CONTEXT = 64

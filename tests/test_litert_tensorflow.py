@@ -20,9 +20,9 @@ from families import INT8, WHOLE, apart, ids_of
 from torch import Tensor
 
 from slm_export.exporters.litert import LiteRTExporter
-from slm_export.load import load_checkpoint
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.runtime import EncoderSession, ExportOptions
+from slm_export.source.load import load_checkpoint
 
 CONTEXT, TOKENS = 40, 20
 """A function of 32 tokens and one of 40: the input fills neither."""

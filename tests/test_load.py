@@ -14,10 +14,10 @@ from checkpoints import normal
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slm_export.architecture import read_architecture
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError
-from slm_export.load import check_values, load_checkpoint
+from slm_export.source.architecture import read_architecture
+from slm_export.source.load import check_values, load_checkpoint
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 QUERY = "model.layers.0.self_attn.q_proj.weight"

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError
-from slm_export.load import load_checkpoint
-from slm_export.model import build_reference
+from slm_export.graph.model import build_reference
 from slm_export.optimizers.group_quantize import GroupQuantize
+from slm_export.source.load import load_checkpoint
 
 SMALL: dict[str, Any] = {
     "vocab_size": 99,

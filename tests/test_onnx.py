@@ -22,13 +22,13 @@ from slm_export.errors import InputError
 from slm_export.exporters.onnx import OnnxExporter
 from slm_export.exporters.onnx_dialect import onnxruntime_rounding
 from slm_export.exporters.onnx_file import data_file, read_stored
-from slm_export.layers import CannotStamp
-from slm_export.load import load_checkpoint
-from slm_export.model import build_reference
+from slm_export.graph.layers import CannotStamp
+from slm_export.graph.model import build_reference
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.runtime import DecoderSession, ExportOptions
-from slm_export.tasks import GENERATION
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.source.load import load_checkpoint
+from slm_export.source.tasks import GENERATION
+from slm_export.tokenization.tokenizer import SourceTokenizer
 from slm_export.weights import Quantized, grid_scale, pack_int4
 
 CONTEXT = 48

@@ -10,13 +10,13 @@ import pytest
 import torch
 from families import INT8, ROUNDING, UNQUANTIZED, WHOLE, apart, ids_of
 
-from slm_export import tasks
 from slm_export.checkpoint import Checkpoint
 from slm_export.exporters.onnx import OnnxExporter
 from slm_export.exporters.onnx_dialect import onnxruntime_rounding
-from slm_export.load import load_checkpoint
-from slm_export.model import build_reference
+from slm_export.graph.model import build_reference
 from slm_export.runtime import EncoderSession, ExportOptions
+from slm_export.source import tasks
+from slm_export.source.load import load_checkpoint
 
 QUANTIZED = ("bert, masks", "distilbert, answers", "albert", "mobilebert")
 """A tied head, two scores of a token, layers that share weights, and the one of three tokens at least."""

@@ -12,10 +12,10 @@ import planted
 import pytest
 from conftest import environment
 
-from slm_export import model
 from slm_export.errors import InputError
-from slm_export.load import load_checkpoint
+from slm_export.graph import model
 from slm_export.registry import exporter
+from slm_export.source.load import load_checkpoint
 
 FORMATS = ("litert", "onnx")
 

@@ -8,9 +8,9 @@ from itertools import combinations
 import pytest
 from sample_reports import FRONTIER, weight_rows
 
-from slm_export.details import FrontierPoint, PredictedPhase, Prediction
-from slm_export.page import plots, sections
-from slm_export.page.treemap import Box, Cell, squarify, treemap
+from slm_export.reports.details import FrontierPoint, PredictedPhase, Prediction
+from slm_export.reports.page import plots, sections
+from slm_export.reports.page.treemap import Box, Cell, squarify, treemap
 from slm_export.results import Check
 
 

@@ -12,17 +12,18 @@ import torch
 from checkpoints import checkpoint, normal
 from torch import Tensor
 
+from slm_export.bundles.finished import CACHE_VARIABLE, finished_weights
 from slm_export.checkpoint import Checkpoint
 from slm_export.compilation import Request, make_plan
+from slm_export.compression.workbench import Workbench
 from slm_export.errors import InputError
-from slm_export.finished import CACHE_VARIABLE, finished_weights
-from slm_export.load import load_checkpoint
 from slm_export.optimizers import palettize as module
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.optimizers.palettize import Palettize, palettize
 from slm_export.profile import RecipeStep
 from slm_export.recipe import QuantizationOptions, build_recipe, lowest_bits, unaccounted
 from slm_export.settings import Settings
+from slm_export.source.load import load_checkpoint
 from slm_export.weights import (
     TABLE_BITS,
     Dense,
@@ -32,7 +33,6 @@ from slm_export.weights import (
     pack_indices,
     unpack_indices,
 )
-from slm_export.workbench import Workbench
 
 SHAPE = (32, 64)
 VALUES: Mapping[str, Tensor] = {

@@ -20,11 +20,11 @@ from slm_export.exporters.coreml_accelerator_rules import GPU, NEURAL_ENGINE
 from slm_export.exporters.coreml_exact import LIMIT, judge_exact
 from slm_export.exporters.mil.package import Package
 from slm_export.exporters.mil.program import Name
-from slm_export.load import load_checkpoint
 from slm_export.optimizers.palettize import Palettize
 from slm_export.parity import differing, judge_codes, quantized_weights
 from slm_export.profile import CoreML
 from slm_export.runtime import ExportOptions
+from slm_export.source.load import load_checkpoint
 from slm_export.weights import Dense, Palettized, Quantized
 
 CONTEXT = 64

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from slm_export.conformance import Conformance, cases, compare
 from slm_export.exporters.executorch import ExecuTorchExporter
 from slm_export.fidelity import judge_tokenizer
 from slm_export.gates import Gates
-from slm_export.phone_tokenizer import for_executorch
-from slm_export.runtime_tokenizers import ExecuTorchTokenizer, TokenizerLoadError
-from slm_export.tokenizer import SourceTokenizer
-from slm_export.tokenizer_bundle import write_tokenizer
+from slm_export.tokenization.conformance import Conformance, cases, compare
+from slm_export.tokenization.phone_tokenizer import for_executorch
+from slm_export.tokenization.runtime_tokenizers import ExecuTorchTokenizer, TokenizerLoadError
+from slm_export.tokenization.tokenizer import SourceTokenizer
+from slm_export.tokenization.tokenizer_bundle import write_tokenizer
 
 BOUNDARY = "\u2581"
 SPECIAL = ("<unk>", "<s>", "</s>")

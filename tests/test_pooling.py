@@ -10,7 +10,7 @@ import torch
 from checkpoints import normal
 
 from slm_export.errors import InputError
-from slm_export.pooling import Pooling, additive_mask, read_pooling
+from slm_export.graph.pooling import Pooling, additive_mask, read_pooling
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
 TRANSFORMER = {"type": "sentence_transformers.models.Transformer", "path": ""}

@@ -7,9 +7,9 @@ import json
 import pytest
 from checkpoints import checkpoint, normal
 
+from slm_export.compression.precision import chosen
 from slm_export.errors import InputError
 from slm_export.optimizers.group_quantize import GroupQuantize
-from slm_export.precision import chosen
 from slm_export.profile import RecipeStep
 from slm_export.recipe import QuantizationOptions, build_recipe, make_pass, options_of
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from checkpoints import checkpoint
 
-from slm_export.provenance import author_of, licence_of
+from slm_export.source.provenance import author_of, licence_of
 
 
 @pytest.mark.parametrize(

@@ -10,18 +10,18 @@ import torch
 import transformers
 from small_models import divergence, random_text, saved
 
-from slm_export.calibration import Calibration
+from slm_export.bundles.finished import Finished
 from slm_export.checkpoint import Checkpoint, Vocabulary
-from slm_export.distillation import Teacher
+from slm_export.compression.calibration import Calibration
+from slm_export.compression.distillation import Teacher
+from slm_export.compression.workbench import Workbench
 from slm_export.errors import InputError
-from slm_export.finished import Finished
-from slm_export.model import build_reference
+from slm_export.graph.model import build_reference
 from slm_export.optimizers import recover
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.optimizers.recover import Recover
 from slm_export.recipe import unaccounted
 from slm_export.weights import CODE_RANGE, Quantized, grid_scale
-from slm_export.workbench import Workbench
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ import pytest
 from rich.console import Console
 from sample_reports import artifact_of, decoder_report, encoder_report, fill, full_report, unverified
 
-from slm_export import words
-from slm_export.details import Divergence, FrontierPoint, WeightRow
-from slm_export.report import bundled, next_commands, print_report, to_html, to_json
+from slm_export.reports import words
+from slm_export.reports.details import Divergence, FrontierPoint, WeightRow
+from slm_export.reports.report import bundled, next_commands, print_report, to_html, to_json
 from slm_export.results import Artifact, Check, Report, TokenQuality
 
 HOSTILE = "<script>alert('x')</script>\"[red]\x1b[2J"

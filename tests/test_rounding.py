@@ -9,7 +9,7 @@ import torch
 from checkpoints import normal
 from torch import Tensor
 
-from slm_export.rounding import (
+from slm_export.compression.rounding import (
     Compensation,
     cost,
     damped,

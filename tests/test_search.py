@@ -11,22 +11,23 @@ import pytest
 import torch
 from conftest import TOKENIZER_FILES
 
-from slm_export import costs, driver, search
-from slm_export.budget import Budget
-from slm_export.calibration import Calibration
-from slm_export.choices import FLOAT16, INT8, Choice, options_for
+from slm_export import driver
+from slm_export.budget import costs, search
+from slm_export.budget.budget import Budget
+from slm_export.budget.choices import FLOAT16, INT8, Choice, options_for
+from slm_export.budget.costs import Speed, encoded, read_per_token
+from slm_export.budget.expectation import Expectation, Loss
+from slm_export.bundles.finished import CACHE_VARIABLE
 from slm_export.compilation import Request, make_plan
-from slm_export.costs import Speed, encoded, read_per_token
+from slm_export.compression.calibration import Calibration
 from slm_export.driver import FailedGateError
 from slm_export.errors import InputError
-from slm_export.expectation import Expectation, Loss
 from slm_export.fidelity.judging import checks_of
-from slm_export.finished import CACHE_VARIABLE
-from slm_export.load import load_checkpoint
 from slm_export.optimizers.drop_layers import DropLayers
 from slm_export.progress import Progress
 from slm_export.recipe import QuantizationOptions
 from slm_export.results import Artifact, FormatResult, Report, TokenLatency, TokenQuality
+from slm_export.source.load import load_checkpoint
 
 FOUR = Choice(4, 32)
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 import transformers
 
-from slm_export import sensitivity
-from slm_export.calibration import Calibration
-from slm_export.choices import FLOAT16, INT8, Choice, options_for
-from slm_export.finished import CACHE_VARIABLE
-from slm_export.load import load_checkpoint
-from slm_export.model import build_reference
+from slm_export.budget import sensitivity
+from slm_export.budget.choices import FLOAT16, INT8, Choice, options_for
+from slm_export.budget.sensitivity import Reading, Text, measure, quantized_as
+from slm_export.bundles.finished import CACHE_VARIABLE
+from slm_export.compression.calibration import Calibration
+from slm_export.graph.model import build_reference
 from slm_export.optimizers.group_quantize import GroupQuantize
-from slm_export.sensitivity import Reading, Text, measure, quantized_as
+from slm_export.source.load import load_checkpoint
 
 SMALL = {
     "vocab_size": 99,
@@ -141,7 +141,7 @@ def test_a_large_vocabulary_is_measured_on_fewer_tokens(tmp_path, monkeypatch):
 
 
 def test_tables_of_an_allocation_make_that_allocation(tmp_path):
-    from slm_export.choices import tables_of
+    from slm_export.budget.choices import tables_of
 
     source = saved(tmp_path / "model", "LlamaForCausalLM")
     allocation = {

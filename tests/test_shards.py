@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.shards import INDEX, first_bad_value, read_shards
+from slm_export.source.shards import INDEX, first_bad_value, read_shards
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from sample_reports import fill, make, tree
 
-from slm_export import staging as staging_module
-from slm_export.bundle import machine_errors, staged, verify_files
+from slm_export.bundles import staging as staging_module
+from slm_export.bundles.bundle import machine_errors, staged, verify_files
 from slm_export.errors import GateError, InputError, MachineError
 
 # --- whole or absent ---------------------------------------------------------------------------------
@@ -116,8 +116,8 @@ def test_a_replacement_that_stops_between_two_renames_is_undone(
 CHILD = """
     import os, sys, time
     from pathlib import Path
-    from slm_export import staging
-    from slm_export.bundle import staged
+    from slm_export.bundles import staging
+    from slm_export.bundles.bundle import staged
     sys.path.insert(0, {tests!r})
     from sample_reports import make, fill
     out, where = Path(sys.argv[1]), sys.argv[2]
@@ -314,7 +314,7 @@ def test_a_failing_sync_stops_the_commit(tmp_path: Path, monkeypatch: pytest.Mon
     def failing(file: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("slm_export.atomic.os.fsync", failing)
+    monkeypatch.setattr("slm_export.bundles.atomic.os.fsync", failing)
     with pytest.raises(MachineError, match="cannot write the bundle"), staged(tmp_path / "out") as staging:  # noqa: PT012
         fill(staging.path)
         staging.commit()

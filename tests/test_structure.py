@@ -13,23 +13,23 @@ from checkpoints import normal
 from families import DECODERS, ENCODERS, VOCABULARY, apart, chosen, ids_of, save
 from torch import Tensor
 
-from slm_export.calibration import Calibration
 from slm_export.checkpoint import Checkpoint, PassResult
-from slm_export.depth import with_layers
+from slm_export.compression.calibration import Calibration
+from slm_export.compression.depth import with_layers
+from slm_export.compression.geometry import Parts, attentions, mlps
+from slm_export.compression.moments import refit
+from slm_export.compression.narrowing import allocate, contributions
+from slm_export.compression.workbench import Workbench
 from slm_export.errors import InputError
-from slm_export.geometry import Parts, attentions, mlps
-from slm_export.load import load_checkpoint
-from slm_export.model import build_reference
-from slm_export.moments import refit
-from slm_export.narrowing import allocate, contributions
+from slm_export.graph.model import build_reference
 from slm_export.optimizers.drop_layers import DropLayers
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.optimizers.prune_kv_groups import PruneKvGroups
 from slm_export.optimizers.prune_neurons import PruneNeurons
 from slm_export.recipe import make_pass, unaccounted
-from slm_export.tasks import GENERATION
+from slm_export.source.load import load_checkpoint
+from slm_export.source.tasks import GENERATION
 from slm_export.weights import Dense
-from slm_export.workbench import Workbench
 
 FAMILIES = {**DECODERS, **ENCODERS}
 FLOAT = 2e-5

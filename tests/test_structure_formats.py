@@ -14,18 +14,18 @@ from families import DECODERS, ENCODERS, STOP, UNQUANTIZED, WHOLE, apart, ids_of
 from test_structure import run
 
 from slm_export.checkpoint import Checkpoint
+from slm_export.compression.geometry import attentions, mlps
 from slm_export.errors import InputError
 from slm_export.exporters import litert
 from slm_export.generation import Sampling, generate
-from slm_export.geometry import attentions, mlps
-from slm_export.load import load_checkpoint
-from slm_export.model import build_reference
+from slm_export.graph.model import build_reference
 from slm_export.optimizers.drop_layers import DropLayers
 from slm_export.optimizers.prune_kv_groups import PruneKvGroups
 from slm_export.optimizers.prune_neurons import PruneNeurons
 from slm_export.registry import exporter
 from slm_export.runtime import ExportOptions
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.source.load import load_checkpoint
+from slm_export.tokenization.tokenizer import SourceTokenizer
 
 TOKENS, CONTEXT = 24, 64
 PROMPT = "def save(family"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from slm_export.errors import InputError
-from slm_export.tokenizer import Detokenizer, SourceTokenizer, tokenizer_files
+from slm_export.tokenization.tokenizer import Detokenizer, SourceTokenizer, tokenizer_files
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pycode-5m"
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")

@@ -10,8 +10,8 @@ import pytest
 from conftest import Cli
 from forked import Forked
 
-from slm_export.bundle import read_manifest, verify_files
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.bundles.bundle import read_manifest, verify_files
+from slm_export.tokenization.tokenizer import SourceTokenizer
 
 PROFILE = """
 schema  = 1

@@ -19,22 +19,22 @@ from test_phone_tokenizer import BOUNDARY, PIECES, gemma, llama_2
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, PhiConfig, PhiForCausalLM
 
-from slm_export.calibration import Calibration, read_calibration
 from slm_export.checkpoint import Checkpoint, PassResult, Vocabulary
+from slm_export.compression.calibration import Calibration, read_calibration
+from slm_export.compression.workbench import Workbench
 from slm_export.errors import InputError
 from slm_export.fidelity import judge_vocabulary
 from slm_export.fidelity.vocabularies import fewer_tokens
-from slm_export.load import load_checkpoint
-from slm_export.model import build_reference
+from slm_export.graph.model import build_reference
 from slm_export.optimize import optimize
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.optimizers.trim_vocabulary import TrimVocabulary
 from slm_export.progress import Progress
-from slm_export.spelling import chosen, spelling_of
-from slm_export.tasks import FILLING, GENERATION
-from slm_export.tokenizer import SourceTokenizer, tokenizer_of
-from slm_export.tokenizer_trim import document_of, indispensable, trimmed_files
-from slm_export.workbench import Workbench
+from slm_export.source.load import load_checkpoint
+from slm_export.source.tasks import FILLING, GENERATION
+from slm_export.tokenization.spelling import chosen, spelling_of
+from slm_export.tokenization.tokenizer import SourceTokenizer, tokenizer_of
+from slm_export.tokenization.tokenizer_trim import document_of, indispensable, trimmed_files
 
 DOMAIN = tuple(Path(__file__).with_name(f"test_{name}.py").read_text("utf-8") for name in ("load", "shards"))
 TRAINING = tuple(

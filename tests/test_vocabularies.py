@@ -11,19 +11,19 @@ from test_fidelity import TorchSession
 from torch import Tensor
 
 from slm_export import fidelity
-from slm_export.calibration import Calibration
 from slm_export.checkpoint import Checkpoint
+from slm_export.compression.calibration import Calibration
+from slm_export.compression.workbench import Workbench
 from slm_export.errors import GateError
 from slm_export.fidelity import tokens as judged_tokens
 from slm_export.fidelity.greedy import judge_greedy
 from slm_export.fidelity.vocabularies import FewerTokens, OneVocabulary, Passage
-from slm_export.load import load_checkpoint
-from slm_export.model import build_reference
+from slm_export.graph.model import build_reference
 from slm_export.optimizers.trim_vocabulary import TrimVocabulary
 from slm_export.results import EmbeddingQuality, TokenQuality
-from slm_export.tokenizer import SourceTokenizer, tokenizer_of
+from slm_export.source.load import load_checkpoint
+from slm_export.tokenization.tokenizer import SourceTokenizer, tokenizer_of
 from slm_export.weights import Weight
-from slm_export.workbench import Workbench
 
 DOMAIN = tuple(
     (Path(__file__).parents[1] / "slm_export" / f"{name}.py").read_text("utf-8") for name in ("load", "model")

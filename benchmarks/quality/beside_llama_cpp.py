@@ -26,14 +26,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from slm_export.bundle import read_manifest
+from slm_export.bundles.bundle import read_manifest
 from slm_export.checkpoint import Checkpoint
 from slm_export.evaltext import token_windows
-from slm_export.load import load_checkpoint
-from slm_export.model import build_reference
+from slm_export.graph.model import build_reference
 from slm_export.registry import exporter
 from slm_export.runtime import DecoderSession
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.source.load import load_checkpoint
+from slm_export.tokenization.tokenizer import SourceTokenizer
 
 WINDOW = 256
 CALIBRATION_TOKENS = 32_768

@@ -26,16 +26,21 @@ import torch
 from heldout import calibration_documents, heldout_documents
 from torch import Tensor
 
-from slm_export.calibration import Calibration, own_calibration, read_calibration, shipped_calibration
 from slm_export.checkpoint import Checkpoint
+from slm_export.compression.calibration import (
+    Calibration,
+    own_calibration,
+    read_calibration,
+    shipped_calibration,
+)
+from slm_export.compression.workbench import Workbench
 from slm_export.evaltext import token_windows
-from slm_export.load import load_checkpoint
-from slm_export.model import build_reference
+from slm_export.graph.model import build_reference
 from slm_export.recipe import make_pass
-from slm_export.tasks import GENERATION
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.source.load import load_checkpoint
+from slm_export.source.tasks import GENERATION
+from slm_export.tokenization.tokenizer import SourceTokenizer
 from slm_export.weights import Dense
-from slm_export.workbench import Workbench
 
 WINDOW = 256
 QUERIES, NEAREST = 100, 10

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from calibrated import Decoder, calibration_of, compress
 
-from slm_export.allocation import Limit, solve
-from slm_export.choices import INT8, Allocation, Choice, options_for, tables_of
-from slm_export.load import load_checkpoint
-from slm_export.provenance import source_sha256
-from slm_export.sensitivity import Reading, Text, measure, quantized_as
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.budget.allocation import Limit, solve
+from slm_export.budget.choices import INT8, Allocation, Choice, options_for, tables_of
+from slm_export.budget.sensitivity import Reading, Text, measure, quantized_as
+from slm_export.source.load import load_checkpoint
+from slm_export.source.provenance import source_sha256
+from slm_export.tokenization.tokenizer import SourceTokenizer
 
 BITS_PER_WEIGHT = (4.75, 5.0, 5.25, 5.5, 6.0, 7.0)
 

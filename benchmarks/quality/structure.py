@@ -23,21 +23,21 @@ from calibrated import Decoder
 from heldout import calibration_documents
 from torch import Tensor
 
-from slm_export.calibration import Calibration, read_calibration
 from slm_export.checkpoint import Checkpoint
-from slm_export.depth import with_layers
-from slm_export.distance import spread
-from slm_export.geometry import Parts, mlps
-from slm_export.load import load_checkpoint
-from slm_export.narrowing import Narrowing, Wanted
+from slm_export.compression.calibration import Calibration, read_calibration
+from slm_export.compression.depth import with_layers
+from slm_export.compression.distance import spread
+from slm_export.compression.geometry import Parts, mlps
+from slm_export.compression.narrowing import Narrowing, Wanted
+from slm_export.compression.workbench import Workbench
 from slm_export.optimizers.drop_layers import DropLayers
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.optimizers.prune_kv_groups import PruneKvGroups
 from slm_export.optimizers.prune_neurons import PruneNeurons
 from slm_export.registry import exporter
 from slm_export.runtime import DecoderSession, ExportOptions, Session
-from slm_export.tokenizer import SourceTokenizer
-from slm_export.workbench import Workbench
+from slm_export.source.load import load_checkpoint
+from slm_export.tokenization.tokenizer import SourceTokenizer
 
 NEURONS = 5 / 18
 """Of the neurons: in a Llama whose MLP is three quarters of a layer, a fifth of the body."""

@@ -31,16 +31,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from slm_export.calibration import Calibration
 from slm_export.checkpoint import Checkpoint
+from slm_export.compression.calibration import Calibration
+from slm_export.compression.workbench import Workbench
 from slm_export.fidelity import References
 from slm_export.fidelity.vocabularies import Vocabularies, Window
-from slm_export.load import load_checkpoint
-from slm_export.model import build_reference
+from slm_export.graph.model import build_reference
 from slm_export.optimizers.trim_vocabulary import TrimVocabulary
-from slm_export.tasks import GENERATION
-from slm_export.tokenizer import tokenizer_of
-from slm_export.workbench import Workbench
+from slm_export.source.load import load_checkpoint
+from slm_export.source.tasks import GENERATION
+from slm_export.tokenization.tokenizer import tokenizer_of
 
 WINDOW, TOKENS, TEXTS = 256, 8192, 300
 DOMAINS = {

@@ -15,10 +15,10 @@ from slm_export.bench.places import Device, Place
 from slm_export.bench.runners import VendorRunner, runner_for
 from slm_export.bench.subject import Subject
 from slm_export.bench.workload import Turn, Workload
-from slm_export.checksums import size_of
+from slm_export.bundles.checksums import size_of
 from slm_export.errors import InputError, MachineError, MissingComponentError, SlmExportError
 from slm_export.progress import Progress
-from slm_export.words import megabytes
+from slm_export.reports.words import megabytes
 
 _RUN_S = 1800.0
 """Seconds that one turn may take."""

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slm_export.bench.figures import Conditions, Instant, Measurement, Spread, ratios
-from slm_export.words import megabytes, printable
+from slm_export.reports.words import megabytes, printable
 
 _WIDEST = 1000
 _NOT_MEASURED = "not measured"

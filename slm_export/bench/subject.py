@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from slm_export.bundle import read_manifest, verify_files
-from slm_export.checksums import size_of
+from slm_export.bundles.bundle import read_manifest, verify_files
+from slm_export.bundles.checksums import size_of
+from slm_export.bundles.manifest import MANIFEST, Manifest
 from slm_export.errors import GateError, InputError
-from slm_export.manifest import MANIFEST, Manifest
-from slm_export.tasks import EMBEDDING, GENERATION
-from slm_export.tokenizer import OWN_TOKENIZER
+from slm_export.source.tasks import EMBEDDING, GENERATION
+from slm_export.tokenization.tokenizer import OWN_TOKENIZER
 
 GENAI_CONFIG = "genai_config.json"
 _FORMATS = {

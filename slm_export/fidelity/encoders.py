@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slm_export.details import Furthest
-from slm_export.dialect import Rounding
 from slm_export.fidelity.examples import SHOWN
 from slm_export.fidelity.judging import checks_of
 from slm_export.fidelity.references import References
 from slm_export.gates import Gates
+from slm_export.graph.dialect import Rounding
+from slm_export.reports.details import Furthest
 from slm_export.results import Check, EmbeddingQuality, ScoreQuality
 from slm_export.runtime import EncoderSession
-from slm_export.tasks import ANSWERING, EMBEDDING, rows
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.source.tasks import ANSWERING, EMBEDDING, rows
+from slm_export.tokenization.tokenizer import SourceTokenizer
 
 PADDING = 7
 """Padding tokens behind every fourth input: a mask that is not honoured shows in the figures."""

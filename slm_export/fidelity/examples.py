@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from slm_export.details import Divergence
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.reports.details import Divergence
+from slm_export.tokenization.tokenizer import SourceTokenizer
 
 SHOWN = 5
 """Places of the held-out text that a report shows, each from a window of its own."""

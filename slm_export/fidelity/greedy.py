@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from slm_export.details import Divergence
 from slm_export.fidelity.examples import own_text
 from slm_export.fidelity.vocabularies import Passage, Vocabularies
+from slm_export.reports.details import Divergence
 from slm_export.results import Check
 from slm_export.runtime import DecoderSession
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.tokenization.tokenizer import SourceTokenizer
 
 PROMPTS = 3
 PROMPT_TOKENS = 32

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from slm_export.checkpoint import Checkpoint
-from slm_export.dialect import Rounding
 from slm_export.fidelity.vocabularies import OneVocabulary, Vocabularies, fewer_tokens
+from slm_export.graph.dialect import Rounding
+from slm_export.graph.model import build_reference
 from slm_export.machine import machine_errors
-from slm_export.model import build_reference
-from slm_export.tokenizer import SourceTokenizer, tokenizer_of
+from slm_export.tokenization.tokenizer import SourceTokenizer, tokenizer_of
 
 
 @contextmanager

@@ -8,7 +8,7 @@ cost a small model; a product should state its own.
 from __future__ import annotations
 
 from slm_export.gates import Gates
-from slm_export.tasks import EMBEDDING, GENERATION
+from slm_export.source.tasks import EMBEDDING, GENERATION
 
 # Lowering: activations are rounded to int8 on both sides. Where a value lies on the edge of a step the two may
 # round apart, and the difference spreads; so this is a small fraction of what the rounding itself costs, not 0.

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from slm_export.conformance import Case, cases, compare
 from slm_export.fidelity.vocabularies import FewerTokens
 from slm_export.gates import Gates
 from slm_export.results import Check
-from slm_export.runtime_tokenizers import RuntimeTokenizer, TokenizerLoadError
-from slm_export.tasks import GENERATION
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.source.tasks import GENERATION
+from slm_export.tokenization.conformance import Case, cases, compare
+from slm_export.tokenization.runtime_tokenizers import RuntimeTokenizer, TokenizerLoadError
+from slm_export.tokenization.tokenizer import SourceTokenizer
 
 _VOCABULARY_SAMPLE = 400
 

@@ -19,17 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slm_export.details import Divergence
-from slm_export.dialect import Rounding
 from slm_export.fidelity import examples
 from slm_export.fidelity.greedy import Greedy, judge_greedy
 from slm_export.fidelity.judging import checks_of
 from slm_export.fidelity.references import References
 from slm_export.fidelity.vocabularies import FewerTokens, Passage, Vocabularies, Window
 from slm_export.gates import Gates
+from slm_export.graph.dialect import Rounding
+from slm_export.reports.details import Divergence
 from slm_export.results import Check, TokenQuality
 from slm_export.runtime import DecoderSession
-from slm_export.tokenizer import SourceTokenizer
+from slm_export.tokenization.tokenizer import SourceTokenizer
 
 WINDOW = 256
 TOKENS = 4096

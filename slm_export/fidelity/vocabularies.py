@@ -27,9 +27,9 @@ from torch import Tensor
 
 from slm_export.errors import GateError
 from slm_export.evaltext import MINIMUM_TAIL, token_windows
-from slm_export.spelling import longest_pieces
-from slm_export.tokenizer import SourceTokenizer
-from slm_export.tokenizer_trim import document_of
+from slm_export.tokenization.spelling import longest_pieces
+from slm_export.tokenization.tokenizer import SourceTokenizer
+from slm_export.tokenization.tokenizer_trim import document_of
 
 Window = tuple[int, ...]
 Place = tuple[int, int]

@@ -11,7 +11,7 @@ from slm_export.latency import seconds_of, timed_turn
 from slm_export.memory import resident_mb
 from slm_export.registry import exporter
 from slm_export.runtime import DecoderSession, Session
-from slm_export.tasks import GENERATION
+from slm_export.source.tasks import GENERATION
 
 _FORMATS = {".pte": "executorch", ".tflite": "litert", ".onnx": "onnx"}
 _PACKAGES = {"executorch": "executorch", "litert": "ai-edge-litert", "onnx": "onnxruntime"}

@@ -10,7 +10,7 @@ from slm_export.bench.engines import version
 from slm_export.errors import InputError, needs
 from slm_export.exporters.litert_container import Container
 from slm_export.memory import resident_mb
-from slm_export.runtime_tokenizers import captured_stderr
+from slm_export.tokenization.runtime_tokenizers import captured_stderr
 
 _IN_MEMORY = ":memory"
 """LiteRT-LM's name for a cache of packed weights without a file beside the model."""

@@ -1,0 +1,1 @@
+"""The best recipe within limits of size, memory, speed and quality."""

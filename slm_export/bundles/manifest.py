@@ -1,0 +1,291 @@
+"""``manifest.json``: what a bundle is, in a stable schema that other programs read.
+
+    build_manifest  Report -> Manifest
+    write_manifest  Manifest -> folder, in one step
+    read_manifest   folder -> Manifest, and refuses what it does not fully understand
+
+The manifest lists every file of the bundle but itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
+
+from slm_export.bundles.checksums import FileEntry, PortablePath, Sha256, sha256_entries
+from slm_export.errors import GateError, InputError, MachineError
+from slm_export.gates import Gates
+from slm_export.results import FormatResult, Report
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+_MAX_BYTES = 16 << 20
+# Free text belongs to report.json; the manifest holds figures.
+_NOT_FIGURES = frozenset({"greedy_text", "worst_sentence", "examples"})
+
+Figure = float | int | str | dict[str, float] | None
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class ModelEntry(_Entry):
+    """The source model."""
+
+    name: str
+    architecture: str
+    task: str
+    parameters: int = Field(ge=0)
+    source_sha256: Sha256
+    source_bytes: int = Field(ge=0)
+    licence: str | None = None
+    context: int | None = None
+
+
+class CalibrationEntry(_Entry):
+    """The text of calibrated passes; ``sha256`` is of its token ids."""
+
+    origin: str
+    tokens: int
+    sha256: Sha256
+
+
+class SignatureEntry(_Entry):
+    """One callable method of an artifact."""
+
+    name: str
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+class ArtifactEntry(_Entry):
+    """One artifact: a file, or a package folder whose ``sha256`` is that of its tree."""
+
+    format: str
+    path: PortablePath
+    bytes: int = Field(ge=0)
+    sha256: Sha256
+    bits_per_weight: float | None
+    signatures: tuple[SignatureEntry, ...] = ()
+    data: tuple[PortablePath, ...] = ()
+    """Files that belong to it, counted in ``bytes``; ``sha256`` is of ``path`` alone."""
+
+
+class Manifest(_Entry):
+    """Schema 1. Key order is the order of these fields."""
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    model: ModelEntry
+    target: str
+    device: str
+    recipe: tuple[dict[str, Any], ...]
+    calibration: CalibrationEntry | None = None
+    """What calibrated passes measured activations on."""
+    artifacts: tuple[ArtifactEntry, ...]
+    files: tuple[FileEntry, ...]
+    quality: dict[str, dict[str, Figure] | None]
+    latency: dict[str, dict[str, Figure] | None]
+    parity: tuple[dict[str, Any], ...] = ()
+    """Every pair of formats beside each other."""
+    gates: Gates
+    """The thresholds in force, so that the judgement can be repeated."""
+    runtime: dict[str, Any] = Field(default_factory=dict)
+    """What running the model needs: task, context, bos_id, stop_ids, max_tokens and the like."""
+    toolchain: dict[str, str]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        paths = [entry.path for entry in self.files]
+        if len(set(paths)) != len(paths):
+            raise ValueError("the list of files names one path twice")
+        if MANIFEST in paths:
+            raise ValueError("the list of files names the manifest itself")
+        for artifact in self.artifacts:
+            if not entries_of(artifact, self.files):
+                raise ValueError(f"artifact {artifact.path!r} is not in the list of files")
+        return self
+
+    def artifact(self, format: str) -> ArtifactEntry:
+        """Return the artifact of one format; InputError when the bundle has none."""
+        for entry in self.artifacts:
+            if entry.format == format:
+                return entry
+        known = ", ".join(entry.format for entry in self.artifacts)
+        raise InputError(f"the bundle has no {format} artifact; it has: {known}")
+
+
+def build_manifest(
+    report: Report,
+    *,
+    files: Sequence[FileEntry],
+    recipe: Sequence[Mapping[str, Any]] | None = None,
+    gates: Gates | None = None,
+    runtime: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Return the manifest of a finished export; artifact paths must be relative already.
+
+    Without ``recipe`` the passes of the report are it. A figure that is not a finite number is a
+    GateError, and an artifact that is not the one in the report a MachineError: neither can be vouched for.
+    """
+    formats = [result.artifact.format for result in report.formats]
+    assert len(set(formats)) == len(formats), "two artifacts of one format"
+    if recipe is None:
+        recipe = [{"pass": row.name, **row.options} for row in report.passes]
+    facts = {field: getattr(report.model, field) for field in ModelEntry.model_fields}
+    manifest = Manifest(
+        model=ModelEntry(**facts),
+        target=report.target,
+        device=report.device,
+        recipe=tuple(dict(step) for step in recipe),
+        calibration=CalibrationEntry(**dataclasses.asdict(report.calibration))
+        if report.calibration
+        else None,
+        artifacts=tuple(_artifact_entry(result) for result in report.formats),
+        files=tuple(files),
+        quality={result.artifact.format: _quality(result) for result in report.formats},
+        latency={result.artifact.format: _latency(result) for result in report.formats},
+        parity=tuple(dataclasses.asdict(pair) for pair in report.parity),
+        gates=gates or Gates.model_validate({}),
+        runtime=dict(runtime or {}),
+        toolchain=dict(sorted(report.toolchain.items())),
+    )
+    for entry in manifest.artifacts:
+        if (entry.bytes, entry.sha256) != total_of(entry, entries_of(entry, manifest.files)):
+            raise MachineError(
+                f"{entry.path}: changed on the disk after it was verified; export the model again"
+            )
+    return manifest
+
+
+def _artifact_entry(result: FormatResult) -> ArtifactEntry:
+    artifact = result.artifact
+    return ArtifactEntry(
+        format=artifact.format,
+        path=artifact.path.as_posix(),
+        bytes=artifact.bytes,
+        sha256=artifact.sha256,
+        bits_per_weight=artifact.bits_per_weight,
+        signatures=tuple(SignatureEntry(**dataclasses.asdict(item)) for item in artifact.signatures),
+        data=tuple(path.as_posix() for path in artifact.data),
+    )
+
+
+def _quality(result: FormatResult) -> dict[str, Figure] | None:
+    if result.quality is None:
+        return None
+    figures = _figures(result.artifact.format, dataclasses.asdict(result.quality))
+    return {**figures, "gate": "pass" if result.passed else "fail"}
+
+
+def _latency(result: FormatResult) -> dict[str, Figure] | None:
+    if result.latency is None:
+        return None
+    return _figures(result.artifact.format, dataclasses.asdict(result.latency))
+
+
+def _figures(format: str, values: Mapping[str, Figure]) -> dict[str, Figure]:
+    figures = {name: value for name, value in values.items() if name not in _NOT_FIGURES}
+    for name, value in figures.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise GateError(
+                f"{format}: {name} is {value}, not a finite number; the artifact cannot be vouched for"
+            )
+    return figures
+
+
+def to_text(manifest: Manifest) -> str:
+    """Return the text of ``manifest.json``: the same bytes for the same manifest."""
+    data = manifest.model_dump(mode="json", by_alias=True)
+    data["gates"] = manifest.gates.model_dump(mode="json", exclude_none=True)
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Path:
+    """Write ``folder/manifest.json`` in one step: a reader sees the old one or the new one."""
+    path, partial = folder / MANIFEST, folder / f".{MANIFEST}.partial"
+    try:
+        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+            file.write(to_text(manifest))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check ``folder/manifest.json``; InputError for anything that is not a bundle of ours."""
+    path = folder / MANIFEST
+    data = read_raw(path)
+    version = data.get("schema")
+    if type(version) is not int or version != SCHEMA:
+        raise InputError(
+            f"{path}: manifest schema {version!r} is not one that this slm-export reads (it reads {SCHEMA}); "
+            "upgrade slm-export or export the model again"
+        )
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise InputError(f"{path}: {where}: {first['msg']}; export the model again") from None
+    for listed in manifest.files:
+        _refuse_links(folder, listed.path)
+    return manifest
+
+
+def read_raw(path: Path) -> dict[str, Any]:
+    """Read a manifest of any schema version; InputError unless it is a JSON object in a plain file."""
+    try:
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            raise InputError(f"{path}: not a plain file; give the folder that slm-export wrote")
+        if found.st_size > _MAX_BYTES:
+            raise InputError(
+                f"{path}: {found.st_size:,} bytes are too many for a manifest; export the model again"
+            )
+        data = from_json(path.read_bytes(), allow_inf_nan=False)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; give the folder that slm-export wrote") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {error}; export the model again") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: not a manifest; export the model again")
+    return data
+
+
+def _refuse_links(folder: Path, path: str) -> None:
+    """A link could make us hash, run or ship a file from anywhere on the machine."""
+    place = folder
+    for part in path.split("/"):
+        place = place / part
+        if place.is_symlink():
+            raise InputError(f"{place}: a symbolic link, which a bundle may not hold; export the model again")
+
+
+def entries_of(artifact: ArtifactEntry, files: Sequence[FileEntry]) -> list[FileEntry]:
+    """Return the listed files that an artifact consists of: itself and its data, or those of its folder."""
+    below = artifact.path + "/"
+    own = (artifact.path, *artifact.data)
+    return [entry for entry in files if entry.path in own or entry.path.startswith(below)]
+
+
+def total_of(artifact: ArtifactEntry, entries: Sequence[FileEntry]) -> tuple[int, str]:
+    """Return bytes and hash of an artifact as its listed files give them."""
+    alone = {entry.path: entry for entry in entries}.get(artifact.path)
+    if alone is not None:
+        return sum(entry.bytes for entry in entries), alone.sha256
+    start = len(artifact.path) + 1
+    inside = [entry.model_copy(update={"path": entry.path[start:]}) for entry in entries]
+    return sum(entry.bytes for entry in entries), sha256_entries(inside)

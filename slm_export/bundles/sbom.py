@@ -1,0 +1,133 @@
+"""``sbom.cdx.json``: what a bundle is made of, in CycloneDX 1.6.
+
+The same bundle gives the same bytes: no time stamp, and a serial number derived from the content.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slm_export.bundles.checksums import FileEntry, sha256_entries
+from slm_export.results import ModelFacts, Report
+
+if TYPE_CHECKING:
+    from cyclonedx.model import HashType
+    from cyclonedx.model.component import Component
+    from cyclonedx.model.license import DisjunctiveLicense, LicenseExpression
+
+SBOM = "sbom.cdx.json"
+
+
+def sbom_text(report: Report, files: Sequence[FileEntry]) -> str:
+    """Return the CycloneDX document of a bundle that consists of ``files``."""
+    from cyclonedx.model.bom import Bom
+    from cyclonedx.output.json import JsonV1Dot6
+
+    content = f"{report.model.source_sha256} {sha256_entries(files)} {sorted(report.toolchain.items())}"
+    bom = Bom(serial_number=uuid.uuid5(uuid.NAMESPACE_OID, content))
+    # The library fills in the present time; the format allows none, and its writer then leaves it out.
+    bom.metadata.timestamp = None  # type: ignore[assignment]
+    bundle, model = _bundle(report, files), _model(report.model)
+    formats = {result.artifact.path.as_posix(): result.artifact.format for result in report.formats}
+    parts = [_file(entry, formats) for entry in files]
+    tools = [_package(name, version) for name, version in sorted(report.toolchain.items())]
+    bom.metadata.component = bundle
+    for component in (model, *parts, *tools):
+        bom.components.add(component)
+    bom.register_dependency(bundle, [model, *parts, *tools])
+    return JsonV1Dot6(bom).output_as_string(indent=2) + "\n"
+
+
+def write_sbom(folder: Path, report: Report, files: Sequence[FileEntry]) -> Path:
+    """Write ``sbom.cdx.json`` into a bundle."""
+    path = folder / SBOM
+    path.write_text(sbom_text(report, files), encoding="utf-8", newline="\n")
+    return path
+
+
+def _bundle(report: Report, files: Sequence[FileEntry]) -> Component:
+    from cyclonedx.model.component import Component, ComponentType
+
+    return Component(
+        type=ComponentType.DATA,
+        name=f"{report.model.name} for {report.device}",
+        description=f"Model bundle for {report.device_title} ({report.target})",
+        bom_ref="bundle",
+        hashes=[_sha256(sha256_entries(files))],
+    )
+
+
+def _model(model: ModelFacts) -> Component:
+    from cyclonedx.model import Property
+    from cyclonedx.model.component import Component, ComponentType
+
+    facts = {
+        "architecture": model.architecture,
+        "task": model.task,
+        "parameters": str(model.parameters),
+        "source_bytes": str(model.source_bytes),
+    }
+    return Component(
+        type=ComponentType.MACHINE_LEARNING_MODEL,
+        name=model.name,
+        bom_ref="model",
+        hashes=[_sha256(model.source_sha256)],
+        licenses=_licences(model.licence),
+        properties=[Property(name=f"slm-export:{key}", value=value) for key, value in facts.items()],
+    )
+
+
+def _file(entry: FileEntry, formats: dict[str, str]) -> Component:
+    from cyclonedx.model import Property
+    from cyclonedx.model.component import Component, ComponentType
+
+    # A package folder (Core ML) is listed file by file; each belongs to the artifact above it.
+    owner = next((path for path in formats if f"{entry.path}/".startswith(f"{path}/")), None)
+    properties = [Property(name="slm-export:bytes", value=str(entry.bytes))]
+    if owner is not None:
+        properties.append(Property(name="slm-export:format", value=formats[owner]))
+    return Component(
+        type=ComponentType.FILE,
+        name=entry.path,
+        bom_ref=f"file:{entry.path}",
+        hashes=[_sha256(entry.sha256)],
+        properties=properties,
+    )
+
+
+def _package(name: str, version: str) -> Component:
+    from cyclonedx.model.component import Component, ComponentType
+    from packageurl import PackageURL
+
+    # The interpreter is no package of the index.
+    kind = "generic" if name.lower() in ("python", "cpython") else "pypi"
+    return Component(
+        type=ComponentType.LIBRARY,
+        name=name,
+        version=version,
+        bom_ref=f"package:{name}@{version}",
+        purl=PackageURL(type=kind, name=name, version=version),
+    )
+
+
+def _licences(licence: str | None) -> list[DisjunctiveLicense | LicenseExpression]:
+    """A hub's licence tag is often no SPDX id ("llama3.2"): then it is a name. Unknown stays absent."""
+    from cyclonedx.model.license import DisjunctiveLicense, LicenseExpression
+    from cyclonedx.spdx import fixup_id, is_expression
+
+    if not licence:
+        return []
+    if known := fixup_id(licence):
+        return [DisjunctiveLicense(id=known)]
+    if is_expression(licence):
+        return [LicenseExpression(licence)]
+    return [DisjunctiveLicense(name=licence)]
+
+
+def _sha256(value: str) -> HashType:
+    from cyclonedx.model import HashAlgorithm, HashType
+
+    return HashType(alg=HashAlgorithm.SHA_256, content=value)

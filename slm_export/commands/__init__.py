@@ -1,0 +1,1 @@
+"""What each command does. Imported only once a command is known to run."""

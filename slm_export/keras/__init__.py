@@ -1,0 +1,1 @@
+"""TensorFlow models as a source: read, converted, judged and bundled."""

@@ -1,0 +1,1 @@
+"""What an export found out, for people and programs; bundles compared."""

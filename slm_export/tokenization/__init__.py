@@ -1,0 +1,1 @@
+"""The source's tokenizer, the tokenizers of apps, and where they part."""
