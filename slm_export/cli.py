@@ -13,43 +13,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from slm_export import __version__
+from slm_export import __version__, options
 from slm_export.errors import InputError, MachineError, SlmExportError
 from slm_export.interrupts import catch_signals, ignore_signals, still_an_interrupt
 
 if TYPE_CHECKING:
     from slm_export.compilation import Request
+    from slm_export.quantization_options import QuantizationOptions
 
 INTERRUPTED = 130
-_BITS = click.Choice(["4", "8", "16", "32"])
-_EMBEDDING_BITS = click.Choice(["4", "6", "8", "16", "32"])
-_JSON = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else."
-)
-
-_CALIBRATION = click.option(
-    "--calibration",
-    type=click.Path(path_type=Path),
-    help="Text or JSONL of chats that calibrated passes measure activations on. [default: written by the model]",
-)
-
-
-def _token_counts(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    """Return the counts of ``128,512``."""
-    if value is None:
-        return None
-    parts = value.split(",")
-    if not all(part.isdecimal() and part.isascii() for part in parts):
-        raise click.BadParameter(f"'{value}' is no list of token counts; write them as 128,512", ctx, param)
-    return tuple(dict.fromkeys(map(int, parts)))
-
-
-_JUNIT = click.option(
-    "--junit",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Write the checks for a CI server, a case for each.",
-)
 
 
 class _DefaultCommand(click.Group):
@@ -82,67 +54,27 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("model", required=False)
-@click.option("--target", help="Where it will run: android, linux or host.")
+@options.TARGET
 @click.option("--device", help="A device profile by name (see `slm-export devices`), or your own FILE.toml.")
-@click.option(
-    "--format", "formats", multiple=True, help="Format to write; may be repeated. [default: the device's]"
-)
-@click.option("--bits", type=_BITS, help="Bits of the linear layers' weights. [default: the device's recipe]")
-@click.option(
-    "--group-size", type=click.Choice(["32", "64", "128", "256"]), help="Weights per scale, at 4 bits."
-)
-@click.option(
-    "--palettize",
-    type=click.Choice(["4", "6"]),
-    help="Core ML: bits of indices into tables, for the Neural Engine, in place of --bits.",
-)
-@click.option(
-    "--embedding-bits",
-    type=_EMBEDDING_BITS,
-    help="Bits of the embedding, and of a head that is tied to it. 6: with --palettize alone.",
-)
-@click.option(
-    "--head-bits", type=_EMBEDDING_BITS, help="Bits of an output head of its own. [default: as the embedding]"
-)
-@click.option(
-    "--max-size", metavar="SIZE", help="Find the best recipe whose files are no larger: 600MB, 0.6GB."
-)
-@click.option(
-    "--max-memory", metavar="SIZE", help="The same, of the memory that the model takes when it runs."
-)
-@click.option(
-    "--min-tokens-per-s",
-    type=click.FloatRange(min=0, min_open=True),
-    help="The same, of the speed of decoding.",
-)
-@click.option(
-    "--max-perplexity-ratio",
-    type=click.FloatRange(min=1, min_open=True),
-    help="Find the smallest recipe that is this good, or with the limits above one that keeps to all: 1.01.",
-)
-@click.option(
-    "--min-cosine",
-    type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
-    help="The same for encoders of embeddings: mean cosine to the source's, such as 0.99.",
-)
+@options.FORMATS
+@options.quantization
+@options.budget
 @click.option(
     "--pareto",
     is_flag=True,
     help="Print and plot size against quality of the best recipes, and export nothing.",
 )
-@click.option("--context", type=click.IntRange(min=1), help="Tokens that the KV cache holds.")
-@click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option(
-    "--eval-text", type=click.Path(path_type=Path), help="Held-out text to judge by. [default: a sample]"
-)
-@_CALIBRATION
+@options.CONTEXT
+@options.REVISION
+@options.EVAL_TEXT
+@options.CALIBRATION
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write. [default: MODEL-TARGET]")
 @click.option("--force", is_flag=True, help="Replace an existing bundle, once the new one is complete.")
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with the source model.")
 @click.option("--no-bench", is_flag=True, help="Skip the measurement of speed.")
-@_JUNIT
-@_JSON
-def export(as_json: bool, junit: Path | None, pareto: bool, **options: Any) -> None:
+@options.JUNIT
+@options.JSON
+def export(as_json: bool, junit: Path | None, pareto: bool, **asked: Any) -> None:
     """Quantize MODEL for a device, write it, prove it, and leave a bundle that an app can ship.
 
     MODEL is a Hugging Face model folder, the name of a model on the hub, a .keras file or a SavedModel folder. Without
@@ -153,12 +85,12 @@ def export(as_json: bool, junit: Path | None, pareto: bool, **options: Any) -> N
     if pareto:
         from slm_export.commands.pareto import pareto_command
 
-        pareto_command(_request(options), as_json)
+        pareto_command(_request(asked), as_json)
         return
     with recorded(junit, "export") as cases:
         from slm_export.commands.bundles import export_command
 
-        export_command(_request(options), as_json, cases)
+        export_command(_request(asked), as_json, cases)
 
 
 @cli.command()
@@ -173,37 +105,35 @@ def export(as_json: bool, junit: Path | None, pareto: bool, **options: Any) -> N
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--no-stream", is_flag=True, help="Print the text at once, when it is complete.")
 @click.option("--no-chat-template", is_flag=True, help="Give the prompt to the model as it is.")
-@_JSON
-def run(bundle: Path, **options: Any) -> None:
+@options.JSON
+def run(bundle: Path, **asked: Any) -> None:
     """Run a BUNDLE in its own runtime: stream text, or print an embedding or a label."""
     from slm_export.commands.bundles import run_command
 
-    run_command(bundle, **options)
+    run_command(bundle, **asked)
 
 
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--source", metavar="MODEL", help="The model it was made from: repeats the whole gate.")
-@click.option(
-    "--eval-text", type=click.Path(path_type=Path), help="Held-out text to judge by. [default: a sample]"
-)
-@_CALIBRATION
-@_JUNIT
-@_JSON
-def verify(bundle: Path, junit: Path | None, **options: Any) -> None:
+@options.EVAL_TEXT
+@options.CALIBRATION
+@options.JUNIT
+@options.JSON
+def verify(bundle: Path, junit: Path | None, **asked: Any) -> None:
     """Check a BUNDLE again: its files, its metadata, and with --source its fidelity."""
     from slm_export.reports.junit import recorded
 
     with recorded(junit, "verify") as cases:
         from slm_export.commands.bundles import verify_command
 
-        verify_command(bundle, cases=cases, **options)
+        verify_command(bundle, cases=cases, **asked)
 
 
 @cli.command()
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--html", metavar="FILE", type=click.Path(path_type=Path), help="Write a page, too.")
-@_JSON
+@options.JSON
 def report(bundles: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
     """Compare BUNDLES side by side, as Markdown for a pull request; the first is what the others are held against."""
     from slm_export.commands.comparing import report_command
@@ -224,15 +154,15 @@ def report(bundles: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
 @click.option(
     "--no-codes", is_flag=True, help="Leave out the comparison of codes: manifests are enough then."
 )
-@_JUNIT
-@_JSON
-def diff(**options: Any) -> None:
+@options.JUNIT
+@options.JSON
+def diff(**asked: Any) -> None:
     """Tell how the bundle NEW differs from OLD: size, codes by layer, fidelity, speed, versions."""
     from slm_export.commands.comparing import diff_command
     from slm_export.reports.junit import recorded
 
-    with recorded(options.pop("junit"), "diff") as cases:
-        diff_command(cases=cases, **options)
+    with recorded(asked.pop("junit"), "diff") as cases:
+        diff_command(cases=cases, **asked)
 
 
 @cli.command()
@@ -251,13 +181,13 @@ def diff(**options: Any) -> None:
 @click.option(
     "--prefill",
     metavar="N,N,...",
-    callback=_token_counts,
+    callback=options.token_counts,
     help="Lengths of prompts. [default: 128,512, as far as they fit]",
 )
 @click.option(
     "--depth",
     metavar="N,N,...",
-    callback=_token_counts,
+    callback=options.token_counts,
     help="Tokens in the context before decoding. [default: 0,128,512]",
 )
 @click.option(
@@ -275,18 +205,43 @@ def diff(**options: Any) -> None:
     help="Beside it, taking turns: another bundle, .pte, .litertlm, .tflite, .onnx or .gguf; may be repeated.",
 )
 @click.option("--runner", metavar="PATH", help="The vendor's program for the device (docs/bench.md).")
-@_JSON
-def bench(as_json: bool, **options: Any) -> None:
+@options.JSON
+def bench(as_json: bool, **asked: Any) -> None:
     """Measure how fast an artifact loads, reads and writes, with medians and their spread."""
     from slm_export.bench.command import BenchRequest
     from slm_export.commands.bundles import bench_command
 
-    bench_command(BenchRequest(sustained_s=options.pop("sustained"), **options), as_json)
+    bench_command(BenchRequest(sustained_s=asked.pop("sustained"), **asked), as_json)
+
+
+@cli.command()
+@click.argument("model", required=False)
+@options.TARGET
+@click.option(
+    "--device", help="A device profile by name, your own FILE.toml, or `all`: a line for every device."
+)
+@options.FORMATS
+@options.quantization
+@options.CONTEXT
+@options.REVISION
+@options.JSON
+def plan(as_json: bool, **asked: Any) -> None:
+    """Tell what an export of MODEL would take, and how it would run on a device; nothing is exported.
+
+    Sizes, memory and speed are predicted from the configuration and the headers of the files (docs/plan.md). Exit code 1
+    means that it does not fit.
+    """
+    from slm_export.commands.plan import PlanRequest, plan_command
+
+    quantization = _quantization(asked)
+    for name in ("bits", "group_size", "embedding_bits", "head_bits", "palettize"):
+        del asked[name]
+    plan_command(PlanRequest(quantization=quantization, **asked), as_json)
 
 
 @cli.command()
 @click.argument("name", required=False)
-@_JSON
+@options.JSON
 def devices(name: str | None, as_json: bool) -> None:
     """List the device profiles, or show the one called NAME (or in FILE.toml)."""
     from slm_export.commands.bundles import devices_command
@@ -294,49 +249,46 @@ def devices(name: str | None, as_json: bool) -> None:
     devices_command(name, as_json)
 
 
-def _request(options: dict[str, Any]) -> Request:
+def _request(asked: dict[str, Any]) -> Request:
     """Return the request of a command line, what it leaves open filled from slm-export.toml."""
     from slm_export.budget.budget import Budget, parse_bytes
     from slm_export.compilation import Request
-    from slm_export.recipe import QuantizationOptions
     from slm_export.settings import load_settings
 
-    def number(name: str) -> int | None:
-        return None if options[name] is None else int(options[name])
-
     def size(name: str) -> int | None:
-        return None if options[name] is None else parse_bytes(options[name], f"--{name.replace('_', '-')}")
+        return None if asked[name] is None else parse_bytes(asked[name], f"--{name.replace('_', '-')}")
 
     request = Request(
-        model=options["model"],
-        revision=options["revision"],
-        target=options["target"],
-        device=options["device"],
-        formats=options["formats"] or None,
-        quantization=QuantizationOptions(
-            number("bits"),
-            number("group_size"),
-            number("embedding_bits"),
-            number("head_bits"),
-            number("palettize"),
-        ),
-        context=options["context"],
-        out=options["out"],
-        eval_text=options["eval_text"],
-        calibration=options["calibration"],
+        model=asked["model"],
+        revision=asked["revision"],
+        target=asked["target"],
+        device=asked["device"],
+        formats=asked["formats"] or None,
+        quantization=_quantization(asked),
+        context=asked["context"],
+        out=asked["out"],
+        eval_text=asked["eval_text"],
+        calibration=asked["calibration"],
         budget=Budget(
             size("max_size"),
             size("max_memory"),
-            options["min_tokens_per_s"],
-            options["max_perplexity_ratio"],
-            options["min_cosine"],
+            asked["min_tokens_per_s"],
+            asked["max_perplexity_ratio"],
+            asked["min_cosine"],
         ),
-        force=options["force"],
-        verify=not options["no_verify"],
-        bench=not options["no_bench"],
+        force=asked["force"],
+        verify=not asked["no_verify"],
+        bench=not asked["no_bench"],
     )
     settings = load_settings(Path.cwd())
     return request if settings is None else request.over(settings)
+
+
+def _quantization(asked: dict[str, Any]) -> QuantizationOptions:
+    from slm_export.quantization_options import QuantizationOptions
+
+    names = ("bits", "group_size", "embedding_bits", "head_bits", "palettize")
+    return QuantizationOptions(**{name: None if asked[name] is None else int(asked[name]) for name in names})
 
 
 def main() -> NoReturn:

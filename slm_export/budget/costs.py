@@ -11,50 +11,18 @@ import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
 
 import torch
 
 from slm_export.budget.choices import Allocation, Choice, Options
 from slm_export.checkpoint import Checkpoint
 from slm_export.graph.layers import CannotStamp, layers_of
+from slm_export.planning.formats import FORMATS as FORMATS
+from slm_export.planning.formats import matrix_bytes
 from slm_export.source.tasks import GENERATION
 
 _SWEEP = 256 << 20  # bytes, far beyond any cache
 Bytes = dict[str, dict[Choice, float]]
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a format stores what is on the grid, in bytes."""
-
-    group_scale: int
-    """A scale of a group of int4 columns."""
-    row_scale: int
-    """What a row of an int8 layer has beside its codes: scale, and zero point or sum of the row."""
-    table_scale: int
-    """The same of a table that is looked up. A vocabulary that is tied to its head has both, at both widths."""
-    vector: int
-    """A value of a norm or a bias."""
-    int4: int
-    """What the program needs more for a matrix of int4, and for one of int8."""
-    int8: int
-    program: int
-    """The file around the weights, and of each block."""
-    block: int
-    tokenizer: bool
-    """Whether the file carries the tokenizer, compressed."""
-    memory: float
-    """Bytes of memory for a byte of the file, and for a model of no size (MiB), of the runtime on the host."""
-    runtime_mb: float
-
-
-FORMATS: Mapping[str, Format] = {
-    "executorch": Format(2, 4, 4, 4, 0, 0, 20_000, 11_000, False, 1.45, 15),
-    "litert": Format(2, 12, 0, 4, 350, 0, 40_000, 21_400, True, 1.45, 30),
-    "onnx": Format(4, 8, 0, 4, 0, 1_250, 10_000, 4_000, False, 1.6, 30),
-    "coreml": Format(2, 2, 0, 2, 0, 0, 40_000, 60_000, False, 1.0, 0),
-}
 
 
 def encoded(checkpoint: Checkpoint, options: Options, format: str) -> Bytes:
@@ -63,16 +31,8 @@ def encoded(checkpoint: Checkpoint, options: Options, format: str) -> Bytes:
     tied = set(checkpoint.tied.values())
 
     def of(name: str, choice: Choice) -> float:
-        shape, role = checkpoint.weights[name].shape, checkpoint.roles[name]
-        count, looked_up = prod(shape), role in ("embedding", "table")
-        if choice.bits == 16:
-            return 2 * count
-        if choice.bits == 8:
-            row = known.table_scale or known.row_scale if looked_up else known.row_scale
-            both = known.table_scale + known.row_scale
-            return count + shape[0] * (both if name in tied else row) + known.int8
-        twice = 2 if name in tied and known.table_scale else 1
-        return count // 2 + twice * known.group_scale * (count // choice.group) + known.int4
+        shape, looked_up = checkpoint.weights[name].shape, checkpoint.roles[name] in ("embedding", "table")
+        return matrix_bytes(known, shape, choice.bits, choice.group, looked_up=looked_up, tied=name in tied)
 
     return {name: {choice: of(name, choice) for choice in choices} for name, choices in options.items()}
 

@@ -6,9 +6,6 @@ of a model never stand in memory together.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,13 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slm_export.errors import InputError
+from slm_export.source.shard_files import INDEX, read_index, shard_files
 from slm_export.weights import Dense
-
-INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_OTHERS = {"*.gguf": "GGUF", "*.h5": "Keras", "*.msgpack": "Flax", "*.onnx": "ONNX"}
-_NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -34,8 +26,8 @@ def read_shards(folder: Path) -> tuple[dict[str, Dense], dict[str, str]]:
         InputError: there are no safetensors, or one is missing, truncated or corrupt, or lacks what the
             index promises.
     """
-    index = _read_index(folder / INDEX)
-    shards = _shards(folder, index)
+    index = read_index(folder / INDEX)
+    shards = shard_files(folder, index)
     tensors: dict[str, Dense] = {}
     left: dict[str, str] = {}
     for shard in shards:
@@ -62,68 +54,6 @@ def first_bad_value(tensor: Tensor) -> str | None:
     if low != low or high != high:
         return "NaN"
     return "infinity" if float("inf") in (high, -low) else None
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """Return tensor name -> file name; empty without an index (or where one whole file makes it void)."""
-    if not path.is_file() or path.with_name(_SINGLE).is_file():
-        return {}
-    try:
-        mapping = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(file, str) and "/" not in file for file in mapping.values()):
-            raise TypeError("weight_map must name files of this folder")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise InputError(f"{path}: not a readable index of shards ({error}); download it again") from None
-    return dict(mapping)
-
-
-def _shards(folder: Path, index: dict[str, str]) -> list[Path]:
-    if index:
-        files = [folder / name for name in sorted(set(index.values()))]
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise InputError(
-                f"{folder}: missing {_few(missing)} of {len(files)} shards that {INDEX} lists; "
-                "download the model again"
-            )
-        return files
-    if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(_why_none(folder))
-    _refuse_gaps(folder, files)
-    return files
-
-
-def _refuse_gaps(folder: Path, files: list[Path]) -> None:
-    """Without an index, only the numbers in the names tell whether a shard is missing."""
-    matches = [_NUMBERED.fullmatch(file.name) for file in files]
-    if len(files) > 1 and not all(matches):
-        names = _few([file.name for file in files])
-        raise InputError(
-            f"{folder}: several weight files and no {INDEX}: {names}; keep one model in a folder"
-        )
-    for match in matches:
-        if match and len(files) != int(match[3]):
-            raise InputError(
-                f"{folder}: {len(files)} shards where {match[0]} says there are {int(match[3])}; "
-                "download the model again"
-            )
-
-
-def _why_none(folder: Path) -> str:
-    if pickles := [file.name for pattern in _PICKLES for file in sorted(folder.glob(pattern))]:
-        return (
-            f"{folder}: the weights are pickle files ({_few(pickles)}), which can run any code when opened "
-            "and are never opened here; convert them in a place you trust: AutoModel"
-            ".from_pretrained(FOLDER).save_pretrained(NEW) with transformers writes safetensors"
-        )
-    for pattern, kind in _OTHERS.items():
-        if found := sorted(folder.glob(pattern)):
-            return (
-                f"{folder}: {found[0].name} is a {kind} file; give the Hugging Face folder it was made from"
-            )
-    return f"{folder}: no weights; expected {_SINGLE}, or shards and {INDEX}"
 
 
 def _read_header(path: Path) -> dict[str, Dense | str]:
@@ -160,9 +90,3 @@ class _Load:
                 return tensor
         except SafetensorError as error:
             raise InputError(f"{self._path}: changed while it was read: {error}") from None
-
-
-def _few(names: Iterable[str], show: int = 3) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - show} more" if len(listed) > show else ""
-    return ", ".join(listed[:show]) + more

@@ -1,0 +1,270 @@
+"""``slm-export plan``: what an export would take and give, told in seconds. Imports no torch: that alone takes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from slm_export.errors import GateError, InputError
+from slm_export.planning.forecast import Forecast, forecast
+from slm_export.planning.model import ModelShape, read_model
+from slm_export.planning.storage import QUANTIZING
+from slm_export.profile import DeviceProfile, default_profile, load_profile, shipped_profiles
+from slm_export.quantization_options import QuantizationOptions, merged
+from slm_export.settings import FILE_NAME, Settings, load_settings
+from slm_export.source.hub import find_model
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What the command line asks for; None where it says nothing."""
+
+    model: str | None = None
+    revision: str | None = None
+    target: str | None = None
+    device: str | None = None
+    formats: tuple[str, ...] = ()
+    quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
+    context: int | None = None
+
+    def over(self, settings: Settings) -> PlanRequest:
+        """Return this request with what it leaves open taken from slm-export.toml."""
+        own = {name: getattr(settings, name) for name in vars(self.quantization)}
+        device = self.device or (settings.device if self.target in (None, settings.target) else None)
+        return PlanRequest(
+            self.model or settings.model,
+            self.revision or (None if self.model else settings.revision),
+            self.target or (None if self.device else settings.target),
+            device,
+            self.formats or settings.formats or (),
+            self.quantization.over(QuantizationOptions(**own)),
+            self.context or settings.context,
+        )
+
+
+def plan_command(request: PlanRequest, as_json: bool) -> None:
+    """Print the forecast of each device and format; GateError where a device cannot hold it."""
+    settings = load_settings(Path.cwd())
+    request = request if settings is None else request.over(settings)
+    if not request.model:
+        raise InputError(f"no model: give a model folder, or name one in {FILE_NAME} in the current folder")
+    pairs = _pairs(request)
+    model = read_model(find_model(request.model, request.revision))
+    if request.context and model.positions and request.context > model.positions:
+        raise InputError(
+            f"context {request.context} is longer than the {model.positions} positions of {model.name}; "
+            f"ask for {model.positions} or fewer"
+        )
+    found = [_forecast(model, profile, format, request) for profile, format in pairs]
+    if as_json:
+        print(json.dumps(to_json(model, found), ensure_ascii=False, indent=2))
+    elif request.device == ALL:
+        _print_table(_console(), model, found)
+    else:
+        for one in found:
+            _print_one(_console(), model, one)
+    unfit = [_unfit(one) for one in found if one.fits is False]
+    if unfit and not as_json:
+        raise GateError("\n".join(unfit))
+    if unfit:
+        sys.stdout.flush()
+        sys.exit(GateError.exit_code)
+
+
+def to_json(model: ModelShape, found: Sequence[Forecast]) -> dict[str, Any]:
+    """Return everything that is predicted; what is not known is null, with its reason under ``unknown``."""
+    return {
+        "model": {
+            "name": model.name,
+            "architecture": model.architecture,
+            "parameters": model.parameters,
+            "source_bytes": model.source_bytes,
+        },
+        "predicted": [
+            {
+                **dataclasses.asdict(one),
+                "artifact_bytes": one.sizes.total,
+                "peak_memory_bytes": one.memory.total,
+                "load_ms": None,
+            }
+            for one in found
+        ],
+    }
+
+
+def _pairs(request: PlanRequest) -> list[tuple[DeviceProfile, str]]:
+    """Return every device with every format that is asked of it.
+
+    Raises:
+        InputError: something is unknown, missing or contradictory.
+    """
+    if request.device == ALL:
+        profiles: Sequence[DeviceProfile] = [
+            profile for profile in shipped_profiles() if request.target in (None, profile.target)
+        ]
+    elif request.device:
+        profiles = [load_profile(request.device)]
+    elif request.target:
+        profiles = [default_profile(request.target)]
+    else:
+        raise InputError(
+            "no target: give --target android (or ios, linux, host), or a --device, or --device all"
+        )
+    if not profiles:
+        default_profile(str(request.target))  # says what is wrong with the target
+    pairs = []
+    for profile in profiles:
+        if request.target not in (None, profile.target):
+            raise InputError(
+                f"device {profile.name} belongs to target {profile.target}, not {request.target}; "
+                "leave out --target, or choose another --device (`slm-export devices` lists them)"
+            )
+        for format in dict.fromkeys(request.formats or (profile.default_format,)):
+            if format in profile.formats:
+                pairs.append((profile, format))
+            elif request.device != ALL:
+                known = ", ".join(profile.formats)
+                raise InputError(f"device {profile.name} does not run format {format}; it runs {known}")
+    if not pairs:
+        raise InputError(
+            f"no device runs format {' or '.join(request.formats)}; `slm-export devices` lists them"
+        )
+    return pairs
+
+
+def _forecast(model: ModelShape, profile: DeviceProfile, format: str, request: PlanRequest) -> Forecast:
+    if request.quantization.palettize and format != "coreml":
+        raise InputError(
+            f"palettize: format {format} has no tables of values, only coreml does; leave it out, or choose coreml"
+        )
+    return forecast(
+        model, profile, format, merged(profile.recipe, request.quantization, QUANTIZING), request.context
+    )
+
+
+def _unfit(one: Forecast) -> str:
+    mend = (
+        f"the nearest that would fit: {one.nearest}" if one.nearest else "no recipe of this model would fit"
+    )
+    return (
+        f"{one.device}: {_mb(one.memory.total)} of memory predicted for {one.format} with a context of {one.context}, "
+        f"of {_mb(one.limit)} that there are; {mend}"
+    )
+
+
+def _console() -> Console:
+    return Console(soft_wrap=False, highlight=False)
+
+
+def _print_table(console: Console, model: ModelShape, found: Sequence[Forecast]) -> None:
+    console.print(Text(f"{model.name}: predicted, nothing was measured on these devices", "bold"))
+    heads = ("device", "format", "file", "memory", "fits", "context", "decode", "prefill", "first token")
+    table = Table(*heads, box=None, pad_edge=False, header_style="bold")
+    for one in found:
+        table.add_row(
+            one.device,
+            one.format,
+            _mb(one.sizes.total),
+            _mb(one.memory.total),
+            _FITS[one.fits],
+            _count(one.longest_context),
+            *_speeds(one),
+        )
+    console.print(table)
+    console.print(
+        Text(
+            "context: the longest that fits. -: not known; one device at a time, or --json, says why.", "dim"
+        )
+    )
+    for note in dict.fromkeys(note for one in found for note in one.notes):
+        console.print(Text(note, "yellow"))
+
+
+_FITS = {True: "yes", False: "NO", None: "-"}
+
+
+def _print_one(console: Console, model: ModelShape, one: Forecast) -> None:
+    console.print(Text(f"{model.name} as {one.format} on {one.device}: predicted, not measured", "bold"))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in _rows(model, one):
+        table.add_row(*row)
+    console.print(table)
+    for note in one.notes:
+        console.print(Text(note, "yellow"))
+
+
+def _rows(model: ModelShape, one: Forecast) -> list[tuple[str, str, str]]:
+    sizes, memory, why = one.sizes, one.memory, one.unknown
+    inside = "0 MB" if not sizes.tokenizer else _mb(sizes.tokenizer)
+    rows = [
+        ("file", _mb(sizes.total), ""),
+        ("  body", _mb(sizes.body), "linear layers, norms, program"),
+        ("  embedding", _mb(sizes.embedding), "and the head: they are one matrix" if model.tied else ""),
+        ("  head", _mb(sizes.head), ""),
+        ("  tokenizer", inside, "" if sizes.tokenizer else "in files of its own"),
+        (
+            "peak memory",
+            _mb(memory.total),
+            f"with a context of {one.context} tokens" if model.decodes else "",
+        ),
+        ("  weights", _mb(memory.weights), "as the runtime holds them"),
+        ("  KV cache", _mb(memory.kv_cache), ""),
+        ("  activations", _mb(memory.activations), ""),
+        ("  runtime", _mb(memory.runtime), ""),
+        ("limit", _mb(one.limit), ""),
+        ("fits", _FITS[one.fits], why.get("fits", "")),
+        ("longest context", _count(one.longest_context), "tokens that the limit has room for"),
+        ("load", "-", why["load_ms"]),
+    ]
+    speeds = zip(
+        ("decode", "prefill", "first token"), _speeds(one), ("decode", "prefill", "prefill"), strict=True
+    )
+    rows += [(name, value, why.get(key, "")) for name, value, key in speeds]
+    made = one.conversion
+    rows += [
+        (
+            "conversion",
+            f"{made.seconds:.0f} s" if made else "-",
+            why.get("conversion", "on two cores, unverified"),
+        ),
+        ("  its memory", _mb(made.peak_bytes if made else None), ""),
+    ]
+    for length, precisions in one.kv_cache.items():
+        figures = ", ".join(f"{name} {_mb(size)}" for name, size in precisions.items())
+        rows.append((f"KV cache of {length}", "", figures))
+    return rows
+
+
+def _speeds(one: Forecast) -> tuple[str, str, str]:
+    speed = one.speed
+    return (
+        _rate(speed.decode_tokens_per_s),
+        _rate(speed.prefill_tokens_per_s),
+        "-" if speed.time_to_first_token_ms is None else f"{speed.time_to_first_token_ms:.0f} ms",
+    )
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g} tok/s"
+
+
+def _mb(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:,.1f} MB"
+
+
+def _count(tokens: int | None) -> str:
+    return "-" if tokens is None else f"{tokens:,}"

@@ -1,0 +1,111 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_EMBEDDING_BITS = click.Choice(["4", "6", "8", "16", "32"])
+
+JSON = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else."
+)
+CALIBRATION = click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Text or JSONL of chats that calibrated passes measure activations on. [default: written by the model]",
+)
+EVAL_TEXT = click.option(
+    "--eval-text", type=click.Path(path_type=Path), help="Held-out text to judge by. [default: a sample]"
+)
+JUNIT = click.option(
+    "--junit",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write the checks for a CI server, a case for each.",
+)
+CONTEXT = click.option("--context", type=click.IntRange(min=1), help="Tokens that the KV cache holds.")
+REVISION = click.option("--revision", help="Branch, tag or commit of a hub model.")
+FORMATS = click.option(
+    "--format", "formats", multiple=True, help="Format to write; may be repeated. [default: the device's]"
+)
+TARGET = click.option("--target", help="Where it will run: android, ios, linux or host.")
+
+_QUANTIZATION = (
+    click.option(
+        "--bits",
+        type=click.Choice(["4", "8", "16", "32"]),
+        help="Bits of the linear layers' weights. [default: the device's recipe]",
+    ),
+    click.option(
+        "--group-size", type=click.Choice(["32", "64", "128", "256"]), help="Weights per scale, at 4 bits."
+    ),
+    click.option(
+        "--palettize",
+        type=click.Choice(["4", "6"]),
+        help="Core ML: bits of indices into tables, for the Neural Engine, in place of --bits.",
+    ),
+    click.option(
+        "--embedding-bits",
+        type=_EMBEDDING_BITS,
+        help="Bits of the embedding, and of a head that is tied to it. 6: with --palettize alone.",
+    ),
+    click.option(
+        "--head-bits",
+        type=_EMBEDDING_BITS,
+        help="Bits of an output head of its own. [default: as the embedding]",
+    ),
+)
+_BUDGET = (
+    click.option(
+        "--max-size", metavar="SIZE", help="Find the best recipe whose files are no larger: 600MB, 0.6GB."
+    ),
+    click.option(
+        "--max-memory", metavar="SIZE", help="The same, of the memory that the model takes when it runs."
+    ),
+    click.option(
+        "--min-tokens-per-s",
+        type=click.FloatRange(min=0, min_open=True),
+        help="The same, of the speed of decoding.",
+    ),
+    click.option(
+        "--max-perplexity-ratio",
+        type=click.FloatRange(min=1, min_open=True),
+        help="Find the smallest recipe that is this good, or with the limits above one that keeps to all: 1.01.",
+    ),
+    click.option(
+        "--min-cosine",
+        type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
+        help="The same for encoders of embeddings: mean cosine to the source's, such as 0.99.",
+    ),
+)
+
+
+def quantization(command: _F) -> _F:
+    """Add the options that change a device's recipe."""
+    return _with(command, _QUANTIZATION)
+
+
+def budget(command: _F) -> _F:
+    """Add the limits that a recipe is searched for."""
+    return _with(command, _BUDGET)
+
+
+def _with(command: _F, options: tuple[Callable[[_F], _F], ...]) -> _F:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def token_counts(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Return the counts of ``128,512``."""
+    if value is None:
+        return None
+    parts = value.split(",")
+    if not all(part.isdecimal() and part.isascii() for part in parts):
+        raise click.BadParameter(f"'{value}' is no list of token counts; write them as 128,512", ctx, param)
+    return tuple(dict.fromkeys(map(int, parts)))

@@ -1,0 +1,43 @@
+"""What converting costs on the machine that converts: a line through what benchmarks/conversion.py measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+from slm_export.planning.model import ModelShape
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Of one export without verification and measurement of speed."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def conversion_of(model: ModelShape, format: str) -> Conversion | None:
+    """Return time and peak memory of an export; None for a format that was not measured.
+
+    Time is linear in the bytes of the source. Memory is that of the largest matrix over the vocabulary, which is
+    lowered as a whole, and a share of the mapped source.
+    """
+    of = _fitted().get(format)
+    if of is None:
+        return None
+    return Conversion(
+        of["seconds"] + of["seconds_per_byte"] * model.source_bytes,
+        round(
+            of["bytes"] + of["bytes_per_table_value"] * model.largest_table + of["share"] * model.source_bytes
+        ),
+    )
+
+
+@lru_cache(maxsize=1)
+def _fitted() -> dict[str, Any]:
+    text = resources.files("slm_export").joinpath("data/roofline.json").read_text("utf-8")
+    found: dict[str, Any] = json.loads(text)["conversion"]
+    return found

@@ -1,0 +1,206 @@
+"""A model as its configuration and the headers of its files tell it: shapes and roles, without torch or a value read.
+
+What a tensor is for is told from its name and shape, where `source.load` builds the module and asks it; a test holds
+the two against each other. GPT-2's transposed matrices keep the orientation of the file here, which moves their scales.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from slm_export.errors import InputError
+from slm_export.source.shard_files import INDEX, read_index, shard_files
+
+Role = Literal["embedding", "head", "table", "linear"]
+GENERATION = "text-generation"
+_ENDINGS = (("ForCausalLM", GENERATION), ("WithLMHeadModel", "scores"), ("LMHeadModel", GENERATION))
+_EMBEDS = "Model"
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_LARGEST_HEADER = 100 << 20  # as the safetensors library has it
+_LOOKED_UP = re.compile(
+    r"(position|token_type|lang|segment)_embeddings?|wpe|embed_positions|position_embed\w*"
+)
+_VOCABULARY = re.compile(r"emb|wte|embd", re.IGNORECASE)
+_NUMBERED = re.compile(r"\.(\d+)\.")
+# Parts of a file that a bare encoder has no place for.
+_NOT_OF_AN_ENCODER = re.compile(
+    r"(^|\.)(pooler|cls|lm_head|qa_outputs|classifier|pred_layer|seq_relationship)\."
+)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight (out, in) under the name that the file gives it."""
+
+    name: str
+    shape: tuple[int, int]
+    role: Role
+    source_bytes: int
+    """Of one value in the source's files."""
+
+    @property
+    def count(self) -> int:
+        """Number of values."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a plan knows of a model."""
+
+    folder: Path
+    name: str
+    architecture: str
+    decodes: bool
+    """Whether it writes text, with a KV cache."""
+    matrices: tuple[Matrix, ...]
+    vectors: int
+    """Values of norms and biases."""
+    others_bytes: int
+    """Of what is neither matrix nor vector, as the source stores it."""
+    tied: bool
+    """Whether the head is the embedding."""
+    layers: int
+    """As they are computed; ALBERT stores one of them."""
+    kv_values: int
+    """Values that one token puts into the KV cache, over all layers; 0 without one."""
+    hidden: int
+    widest: int
+    """Columns or rows of the widest linear layer."""
+    positions: int | None
+
+    @property
+    def parameters(self) -> int:
+        """Number of values; a tied pair counts once."""
+        return sum(matrix.count for matrix in self.matrices) + self.vectors
+
+    @property
+    def source_bytes(self) -> int:
+        """Size of the matrices in the source's files."""
+        return sum(matrix.count * matrix.source_bytes for matrix in self.matrices)
+
+    @cached_property
+    def largest_table(self) -> int:
+        """Values of the largest matrix over the vocabulary; it is lowered as a whole."""
+        return max((m.count for m in self.matrices if m.role in ("embedding", "head")), default=0)
+
+    @cached_property
+    def repeats(self) -> float:
+        """How often a stored layer is computed: more than once only where layers share their weights."""
+        stored = {int(found[1]) for m in self.matrices if (found := _NUMBERED.search(m.name))}
+        return self.layers / len(stored) if len(stored) == 1 else 1.0
+
+
+def read_model(folder: Path) -> ModelShape:
+    """Read ``config.json`` and the headers of the safetensors files.
+
+    Raises:
+        InputError: one of them is missing or broken.
+    """
+    config = _read_config(folder / "config.json")
+    text = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise InputError(
+            f"{folder / 'config.json'}: 'architectures' is missing; name the model's class, [\"LlamaForCausalLM\"]"
+        )
+    architecture = names[0]
+    decodes = any(architecture.endswith(ending) and task == GENERATION for ending, task in _ENDINGS)
+    tensors = dict(_tensors(folder))
+    if architecture.endswith(_EMBEDS) and not decodes:
+        tensors = {name: tensor for name, tensor in tensors.items() if not _NOT_OF_AN_ENCODER.search(name)}
+    vocabulary = int(text.get("vocab_size") or 0)
+    matrices = [
+        Matrix(name, (shape[0], shape[1]), _role(name, shape, vocabulary), _BYTES[dtype])
+        for name, (shape, dtype) in tensors.items()
+        if len(shape) == 2
+    ]
+    heads = [matrix for matrix in matrices if matrix.role == "head"]
+    scores_words = decodes or architecture.endswith(("ForMaskedLM", "WithLMHeadModel"))
+    tied = scores_words and bool(
+        config.get("tie_word_embeddings", text.get("tie_word_embeddings", not heads))
+    )
+    kept = tuple(m for m in matrices if not (tied and m.role == "head"))
+    linears = [m for m in kept if m.role == "linear"]
+    layers = int(_first(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or 0)
+    return ModelShape(
+        folder=folder,
+        name=folder.resolve().name,
+        architecture=architecture,
+        decodes=decodes,
+        matrices=kept,
+        vectors=sum(prod(shape) for shape, _ in tensors.values() if len(shape) == 1),
+        others_bytes=sum(prod(s) * _BYTES[d] for s, d in tensors.values() if len(s) not in (1, 2)),
+        tied=tied,
+        layers=layers,
+        kv_values=_kv_values(text, layers) if decodes else 0,
+        hidden=int(_first(text, "hidden_size", "n_embd", "dim", "emb_dim") or 0),
+        widest=max((max(m.shape) for m in linears), default=0),
+        positions=_first(text, "max_position_embeddings", "n_positions"),
+    )
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise InputError(f"{path.parent}: no config.json; give a Hugging Face model folder")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def _first(config: Mapping[str, Any], *names: str) -> int | None:
+    """Return the first of some settings that is there: families name them differently."""
+    found = next((config[name] for name in names if isinstance(config.get(name), int)), None)
+    return None if found is None else int(found)
+
+
+def _kv_values(config: Mapping[str, Any], layers: int) -> int:
+    heads = _first(config, "num_attention_heads", "n_head", "n_heads") or 0
+    hidden = _first(config, "hidden_size", "n_embd") or 0
+    width = _first(config, "head_dim") or (hidden // heads if heads else 0)
+    return 2 * layers * width * (_first(config, "num_key_value_heads") or heads)
+
+
+def _role(name: str, shape: tuple[int, ...], vocabulary: int) -> Role:
+    last = name.removesuffix(".weight").rpartition(".")[2]
+    if shape[0] == vocabulary:
+        return "embedding" if _VOCABULARY.search(last) and last != "embed_out" else "head"
+    return "table" if _LOOKED_UP.fullmatch(last) else "linear"
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
+    """Yield name -> (shape, type) of every tensor of floats."""
+    for file in shard_files(folder, read_index(folder / INDEX)):
+        for name, entry in _header(file).items():
+            if name != "__metadata__" and entry["dtype"] in _BYTES:
+                yield name, (tuple(entry["shape"]), entry["dtype"])
+
+
+def _header(path: Path) -> Mapping[str, Any]:
+    """Return the header of a safetensors file: its length in 8 bytes, little end first, then JSON.
+
+    Source: the format's description, https://huggingface.co/docs/safetensors.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= _LARGEST_HEADER:
+                raise ValueError(f"a header of {length:,} bytes")
+            header: dict[str, Any] = json.loads(file.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                prod(entry["shape"]), entry["dtype"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: truncated or corrupt ({error}); download the model again") from None
+    return header

@@ -1,0 +1,143 @@
+"""What every matrix is stored in, by a recipe: the arithmetic of the quantizing passes, without the passes.
+
+`optimizers.group_quantize` and `palettize` decide the same from a loaded model; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from slm_export.errors import InputError
+from slm_export.planning.formats import FORMATS, matrix_bytes
+from slm_export.planning.model import Matrix, ModelShape, Role
+from slm_export.quantization_options import PALETTIZE
+
+QUANTIZING = frozenset({"group-quantize", "gptq", "learned-rounding"})
+SHAPING: Mapping[str, str] = {
+    "drop-layers": "takes layers out",
+    "prune-kv-groups": "takes key-value groups out",
+    "prune-neurons": "takes neurons out",
+    "trim-vocabulary": "takes tokens out",
+}
+"""Passes whose outcome depends on what they measure: a plan is of the model before them."""
+NEUTRAL = frozenset({"awq", "rotate", "recover", "sparsify"})
+"""Passes that leave shapes and precisions as they are."""
+_GROUPS = (32, 64, 128, 256)
+_FLOAT = 32
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A matrix as an artifact holds it."""
+
+    matrix: Matrix
+    bits: int
+    group: int = 0
+    """Columns per scale at 4 bits; rows per table of a palette."""
+    palette: bool = False
+
+    def bytes(self, format: str, *, tied: bool) -> int:
+        """Return what it takes in a file; ``tied``: whether it is the head too."""
+        if self.palette:
+            rows, _ = self.matrix.shape
+            return self.matrix.count * self.bits // 8 + 2 * (rows // self.group << self.bits)
+        looked_up = self.matrix.role in ("embedding", "table")
+        known = FORMATS[format]
+        return matrix_bytes(known, self.matrix.shape, self.bits, self.group, looked_up=looked_up, tied=tied)
+
+    @property
+    def kind(self) -> str:
+        """Return the class of operator that reads it: int4, int8 or float."""
+        return "float" if self.bits >= 16 else f"int{4 if self.bits == 4 else 8}"
+
+
+Recipe = Sequence[tuple[str, Mapping[str, Any]]]
+
+
+def store(model: ModelShape, recipe: Recipe) -> tuple[tuple[Stored, ...], tuple[str, ...]]:
+    """Return every matrix as the recipe leaves it, and notes on what cannot be told.
+
+    Raises:
+        InputError: a group size that does not fit, or bits that no matrix can have.
+    """
+    stored = tuple(Stored(matrix, _FLOAT) for matrix in model.matrices)
+    notes = []
+    for name, options in recipe:
+        if name in QUANTIZING:
+            stored = tuple(_quantized(one, options, name) for one in stored)
+        elif name == PALETTIZE:
+            stored = tuple(_palettized(one, options) for one in stored)
+        elif name in SHAPING:
+            notes.append(
+                f"{name} {SHAPING[name]}, by what it measures: these figures are of the model before it"
+            )
+        elif name not in NEUTRAL:
+            notes.append(f"{name}: what it does to size and speed is not predicted")
+    return stored, tuple(notes)
+
+
+def _bits_of(options: Mapping[str, Any], role: Role, linear: int) -> int:
+    embedding = int(options.get("embedding_bits", 8))
+    if role == "linear":
+        return int(options.get("bits", linear))
+    if role == "head":
+        return int(options.get("head_bits") or embedding)
+    # Position tables are never below 8 bits.
+    return max(8, embedding) if role == "table" else embedding
+
+
+def _quantized(one: Stored, options: Mapping[str, Any], name: str) -> Stored:
+    matrix = one.matrix
+    bits = _named(options.get("bits_by_tensor", {}), matrix.name) or _bits_of(options, matrix.role, 4)
+    if bits not in (4, 8, 16, 32):
+        raise InputError(f"{name}: bits must be 4, 8, 16 or 32, not {bits}")
+    if one.bits != _FLOAT or bits == _FLOAT:
+        return one
+    if bits != 4:
+        return Stored(matrix, bits)
+    if matrix.shape[1] % _GROUPS[0]:
+        return one
+    group = _named(options.get("group_by_tensor", {}), matrix.name) or int(options.get("group", 32))
+    if matrix.shape[1] % group:
+        fitting = " or ".join(str(g) for g in _GROUPS if not matrix.shape[1] % g)
+        raise InputError(
+            f"group size {group} does not divide the {matrix.shape[1]} columns of {matrix.name}; "
+            f"a group size that fits: {fitting}"
+        )
+    return Stored(matrix, 4, group)
+
+
+def _palettized(one: Stored, options: Mapping[str, Any]) -> Stored:
+    matrix = one.matrix
+    bits = _bits_of(options, matrix.role, 4)
+    if one.bits != _FLOAT or bits == _FLOAT:
+        return one
+    if bits in (8, 16):
+        return Stored(matrix, bits)
+    rows = matrix.shape[0]
+    most = int(options.get("group_channels", 16)) or rows
+    group = max(divisor for divisor in range(1, most + 1) if not rows % divisor)
+    return Stored(matrix, bits, group, palette=True)
+
+
+def _named(table: Mapping[str, int], name: str) -> int | None:
+    """Return what a table says of a weight: its full name goes before patterns, the last pattern before others."""
+    if name in table:
+        return table[name]
+    fitting = [value for pattern, value in table.items() if fnmatchcase(name, pattern)]
+    return fitting[-1] if fitting else None
+
+
+def smaller(recipe: Recipe) -> list[tuple[str, Recipe]]:
+    """Return recipes that take less and less, each with the options that ask for it."""
+    rest = [(name, options) for name, options in recipe if name not in QUANTIZING and name != PALETTIZE]
+    ladder = (
+        ("--bits 8", {"bits": 8, "embedding_bits": 8}),
+        ("--bits 4 --embedding-bits 8", {"bits": 4, "group": 32, "embedding_bits": 8}),
+        ("--bits 4 --embedding-bits 4", {"bits": 4, "group": 32, "embedding_bits": 4}),
+        ("--bits 4 --group-size 128 --embedding-bits 4", {"bits": 4, "group": 128, "embedding_bits": 4}),
+    )
+    return [(words, (*rest, ("group-quantize", options))) for words, options in ladder]
