@@ -228,8 +228,8 @@ def bench(as_json: bool, **asked: Any) -> None:
 def plan(as_json: bool, **asked: Any) -> None:
     """Tell what an export of MODEL would take, and how it would run on a device; nothing is exported.
 
-    Sizes, memory and speed are predicted from the configuration and the headers of the files (docs/plan.md). Exit code 1
-    means that it does not fit.
+    Sizes, memory and speed are predicted from the configuration and the headers of the files (docs/plan.md). Exit
+    code 1 means that it does not fit.
     """
     from slm_export.commands.plan import PlanRequest, plan_command
 

@@ -123,7 +123,7 @@ def _pairs(request: PlanRequest) -> list[tuple[DeviceProfile, str]]:
         )
     if not profiles:
         default_profile(str(request.target))  # says what is wrong with the target
-    pairs = []
+    pairs: list[tuple[DeviceProfile, str]] = []
     for profile in profiles:
         if request.target not in (None, profile.target):
             raise InputError(
@@ -169,24 +169,24 @@ def _console() -> Console:
 
 def _print_table(console: Console, model: ModelShape, found: Sequence[Forecast]) -> None:
     console.print(Text(f"{model.name}: predicted, nothing was measured on these devices", "bold"))
-    heads = ("device", "format", "file", "memory", "fits", "context", "decode", "prefill", "first token")
-    table = Table(*heads, box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in ("device", "format"):
+        table.add_column(head, no_wrap=True)
+    for head in ("file MB", "memory MB", "fits", "context", "decode", "prefill", "first ms"):
+        table.add_column(head, justify="right")
     for one in found:
         table.add_row(
             one.device,
             one.format,
-            _mb(one.sizes.total),
-            _mb(one.memory.total),
+            f"{one.sizes.total / 1e6:,.0f}",
+            f"{one.memory.total / 1e6:,.0f}",
             _FITS[one.fits],
             _count(one.longest_context),
-            *_speeds(one),
+            *(figure.split()[0] for figure in _speeds(one)),
         )
     console.print(table)
-    console.print(
-        Text(
-            "context: the longest that fits. -: not known; one device at a time, or --json, says why.", "dim"
-        )
-    )
+    told = "context: the longest that fits. Speeds: tokens/s. -: not known; ask for one device to see why."
+    console.print(Text(told, "dim"))
     for note in dict.fromkeys(note for one in found for note in one.notes):
         console.print(Text(note, "yellow"))
 
