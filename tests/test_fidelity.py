@@ -98,9 +98,10 @@ def judged(
     from slm_export.evaltext import token_windows
     from slm_export.fidelity import greedy, tokens
 
-    monkeypatch.setattr(tokens, "TOKENS", 1024)
-    monkeypatch.setattr(greedy, "NEW_TOKENS", 20)
-    for window in token_windows(DOCUMENTS, tokenizer.encode, tokens.WINDOW, None, 1024):
+    monkeypatch.setattr(tokens, "TOKENS", 512)
+    monkeypatch.setattr(tokens, "WINDOW", 128)
+    monkeypatch.setattr(greedy, "NEW_TOKENS", 12)
+    for window in token_windows(DOCUMENTS, tokenizer.encode, tokens.WINDOW, None, 512):
         session.read_ahead(window)
     gates = fidelity.default_gates("text-generation", 8)
     quality, checks = fidelity.judge_decoder(
@@ -131,7 +132,7 @@ def test_a_faithful_artifact_passes_without_lowering_loss(
     assert quality.lowering_kl_mean == pytest.approx(0, abs=1e-4)
     assert quality.kl_mean is not None
     assert quality.kl_mean > 1e-4
-    assert quality.tokens == 1024
+    assert quality.tokens == 512
 
 
 def test_an_artifact_of_other_weights_fails_where_it_parts(

@@ -170,6 +170,47 @@ def test_sparse_of_the_pages() -> None:
         made("constexpr_sparse_to_dense", 18, nonzero_data=values, mask=stored([[1, 1, 1]], "uint1"))
 
 
+def test_sparse_codes_of_the_pages() -> None:
+    codes, columns = [10, 11, 3, 4, 5, 6, 7, 8, 9], [0, 1, 0, 1, 2, 2, 3, 0, 1]
+    mask = stored([[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 1, 1], [1, 1, 0, 0]], "uint1")
+    scale, offset = torch.tensor([[0.1, 0.2, 0.3, 0.4]]), [[1, 2, 3, 4]]
+    operator = find("constexpr_sparse_blockwise_shift_scale", 18)
+    assert operator is not None
+    same, nonzero = operator.run(
+        data_mask=mask,
+        nonzero_data=stored(codes, "int8"),
+        scale=Stored(packed(scale)),
+        offset=stored(offset, "int8"),
+    )
+    assert same is mask
+    expected = torch.tensor(
+        [(code - offset[0][c]) * scale[0, c] for code, c in zip(codes, columns, strict=True)]
+    )
+    check(nonzero, expected)
+    dense = torch.zeros(4, 4)
+    dense[mask.tensor().bool()] = expected
+    check(made("constexpr_sparse_to_dense", 18, nonzero_data=nonzero, mask=same), dense)
+    with pytest.raises(InputError, match="for a mask of 9 ones"):
+        operator.run(data_mask=mask, nonzero_data=stored(codes[1:], "int8"), scale=Stored(packed(scale)))
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.randoms())
+def test_what_is_not_0_is_found_again(rows: int, groups: int, random: Any) -> None:
+    """Rows without a value, and an odd number of int4 codes, among them."""
+    codes = torch.tensor([[random.choice((0, 0, -8, 3, 7)) for _ in range(4 * groups)] for _ in range(rows)])
+    scale = torch.tensor([[2.0 ** -random.randrange(9) for _ in range(groups)] for _ in range(rows)]).half()
+    mask = stored((codes != 0).numpy(), "uint1")
+    operator = find("constexpr_sparse_blockwise_shift_scale", 18)
+    assert operator is not None
+    left = stored(codes[codes != 0].numpy(), "int4")
+    _, nonzero = operator.run(data_mask=mask, nonzero_data=left, scale=Stored(packed(scale)))
+    dense = (codes.view(rows, groups, 4) * scale.unsqueeze(-1)).view(rows, -1).half()
+    for begin in range(len(codes[codes != 0]) + 1):
+        assert torch.equal(nonzero.rows(begin, nonzero.shape[0]), dense[codes != 0][begin:])
+        assert torch.equal(nonzero.rows(0, begin), dense[codes != 0][:begin])
+    check(made("constexpr_sparse_to_dense", 18, nonzero_data=nonzero, mask=mask), dense)
+
+
 def test_a_cast_constant() -> None:
     values = torch.tensor([[1.5], [torch.inf]]).half()
     check(made("constexpr_cast", 16, source_val=Stored(packed(values)), output_dtype="fp32"), values.float())
@@ -243,7 +284,7 @@ def test_a_matrix_is_kept_only_within_the_budget() -> None:
         scale = pool.stored(packed(torch.rand(64, 2).half()))
         operator = find("constexpr_blockwise_shift_scale", 18)
         assert operator is not None
-        weight = pool.once("key", lambda run=operator.run, d=data, s=scale: run(data=d, scale=s), None)
+        (weight,) = pool.once("key", lambda run=operator.run, d=data, s=scale: run(data=d, scale=s), None)
         results.append(run("linear", x=x, weight=weight)[0])
         kept = weight.ready()
         assert (kept is not None) == (budget == 64 * 32 * 4)

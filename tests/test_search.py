@@ -12,17 +12,21 @@ import torch
 from conftest import TOKENIZER_FILES
 
 from slm_export import driver
-from slm_export.budget import costs, search
+from slm_export.budget import costs, losses, problem, search
 from slm_export.budget.budget import Budget
 from slm_export.budget.choices import FLOAT16, INT8, Choice, options_for
 from slm_export.budget.costs import Speed, encoded, read_per_token
 from slm_export.budget.expectation import Expectation, Loss
+from slm_export.budget.problem import gates_of_fewer_parts
+from slm_export.budget.structure import kinds_of
 from slm_export.bundles.finished import CACHE_VARIABLE
 from slm_export.compilation import Request, make_plan
 from slm_export.compression.calibration import Calibration
+from slm_export.compression.workbench import Workbench
 from slm_export.driver import FailedGateError
 from slm_export.errors import InputError
 from slm_export.fidelity.judging import checks_of
+from slm_export.fidelity.thresholds import default_gates
 from slm_export.optimizers.drop_layers import DropLayers
 from slm_export.progress import Progress
 from slm_export.recipe import QuantizationOptions
@@ -62,7 +66,7 @@ def source(model):
 @pytest.fixture(autouse=True)
 def _a_tokenizer_of_another_model(monkeypatch):
     """It is only looked at; what reads no text needs none that fits."""
-    monkeypatch.setattr(search, "refuse_large_vocabulary", lambda *_: None)
+    monkeypatch.setattr(problem, "refuse_large_vocabulary", lambda *_: None)
 
 
 @pytest.fixture
@@ -78,8 +82,8 @@ def known_costs(monkeypatch, source):
         }
         for name, of in options.items()
     }
-    monkeypatch.setattr(search, "measure", lambda *_: made)
-    monkeypatch.setattr(search, "_text", lambda *_: None)
+    monkeypatch.setattr(losses, "measure", lambda *_: made)
+    monkeypatch.setattr(losses, "_text", lambda *_: None)
     return made
 
 
@@ -132,6 +136,10 @@ def planned(model: Path, budget: Budget, **more):
     return make_plan(request)
 
 
+def problem_of(model: Path, budget: Budget):
+    return problem.read_problem(planned(model, budget), Progress(silent=True))
+
+
 def run(monkeypatch, model, source, known_costs, budget, **behaviour):
     exports = Exports(source, known_costs, **behaviour)
     monkeypatch.setattr(driver, "export", exports)
@@ -163,7 +171,7 @@ def test_the_smallest_file_within_a_ratio(monkeypatch, model, source, known_cost
 
 
 def test_a_rate_is_met_once_the_machine_is_known(monkeypatch, model, source, known_costs):
-    monkeypatch.setattr(search, "host_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(problem, "host_bandwidth", lambda: 1e9)
     exports, result = run(monkeypatch, model, source, known_costs, Budget(min_tokens_per_s=870.0))
     assert len(exports.made) == 2  # that a token takes a millisecond whatever it reads is found out
     assert result.latency.decode_tokens_per_s >= 870
@@ -180,7 +188,7 @@ def test_all_limits_together(monkeypatch, model, source, known_costs):
     budget = Budget(
         max_size=220_000, max_memory=round(20.47 * 2**20), min_tokens_per_s=840, max_perplexity_ratio=1.02
     )
-    monkeypatch.setattr(search, "host_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(problem, "host_bandwidth", lambda: 1e9)
     _, result = run(monkeypatch, model, source, known_costs, budget)
     assert result.artifact.bytes <= 220_000
     assert result.latency.decode_tokens_per_s >= 840
@@ -196,8 +204,8 @@ def test_all_limits_together(monkeypatch, model, source, known_costs):
     ],
 )
 def test_what_no_allocation_fits_is_refused_by_headers(monkeypatch, model, budget, words):
-    monkeypatch.setattr(search, "measure", lambda *_: pytest.fail("measured before it was refused"))
-    monkeypatch.setattr(search, "host_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(losses, "measure", lambda *_: pytest.fail("measured before it was refused"))
+    monkeypatch.setattr(problem, "host_bandwidth", lambda: 1e9)
     with pytest.raises(InputError, match="nearest that this model can do is about") as caught:
         search.export(planned(model, budget), Progress(silent=True))
     assert str(caught.value).startswith(words)
@@ -205,6 +213,7 @@ def test_what_no_allocation_fits_is_refused_by_headers(monkeypatch, model, budge
 
 def test_limits_that_contradict_each_other_are_told_apart(monkeypatch, model, source, known_costs):
     budget = Budget(max_size=160_000, max_perplexity_ratio=1.001)
+    monkeypatch.setattr(search, "narrower", lambda *_: None)  # nor does a model with fewer parts
     with pytest.raises(InputError) as caught:
         run(monkeypatch, model, source, known_costs, budget)
     first, best, enough = str(caught.value).splitlines()
@@ -285,7 +294,7 @@ def test_what_is_expected_of_an_encoder_is_a_cosine(minilm):
 def test_bits_are_found_for_what_other_passes_leave(monkeypatch, model, source):
     """Of four layers one is dropped: the budget is about the other three, and expects what that costs."""
     windows = torch.randint(0, 256, (9, 24), generator=torch.Generator().manual_seed(3)).tolist()
-    monkeypatch.setattr(search, "_text", lambda *_: Calibration(tuple(map(tuple, windows)), "a test"))
+    monkeypatch.setattr(losses, "_text", lambda *_: Calibration(tuple(map(tuple, windows)), "a test"))
     seen = []
     monkeypatch.setattr(driver, "export", lambda plan, progress: (seen.append(plan), (None, None))[1])
     plan = planned(model, Budget(max_size=150_000))
@@ -298,6 +307,84 @@ def test_bits_are_found_for_what_other_passes_leave(monkeypatch, model, source):
     assert quantized.bits_by_tensor.keys() == left
     assert seen[0].frontier
     assert min(point.predicted_perplexity_ratio for point in seen[0].frontier) > 1.00001
+
+
+@pytest.fixture
+def some_text(monkeypatch):
+    windows = torch.randint(0, 256, (16, 24), generator=torch.Generator().manual_seed(3)).tolist()
+    text = Calibration(tuple(map(tuple, windows)), "a test")
+    monkeypatch.setattr(losses, "_text", lambda *_: text)
+    return text
+
+
+def test_parts_are_taken_out_where_bits_alone_do_not_get_there(monkeypatch, model, source, some_text):
+    seen = []
+    monkeypatch.setattr(driver, "export", lambda plan, progress: (seen.append(plan), (None, None))[1])
+    budget = Budget(max_size=85_000, max_perplexity_ratio=2.0)
+    assert problem_of(model, budget).expectation(source).missed(budget) is not None
+    search.export(planned(model, budget), Progress(silent=True))
+    [plan] = seen
+    first, second = plan.recipe
+    assert first.structural
+    assert second.quantizes
+    assert any("parts of the model are taken out first" in note for note in plan.notes)
+    gates = plan.request.gates
+    assert (gates.max_bytes, gates.max_perplexity_ratio) == (85_000, 2.0)
+    assert gates.max_kl_mean == pytest.approx(1.5 * math.log(2))
+    assert gates.min_top1_agreement == pytest.approx(1 - math.sqrt(0.75 * math.log(2)))
+
+
+def test_parts_are_not_taken_out_where_bits_are_enough(monkeypatch, model, source, known_costs):
+    monkeypatch.setattr(search, "narrower", lambda *_: pytest.fail("bits are enough"))
+    run(monkeypatch, model, source, known_costs, Budget(max_size=200_000, max_perplexity_ratio=1.02))
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        (Budget(max_size=85_000), "only within a limit on quality: add one, such as --max-perplexity-ratio"),
+        (
+            Budget(max_size=20_000, max_perplexity_ratio=9.0),
+            "no choice of bits and no fewer parts gets there",
+        ),
+    ],
+)
+def test_fewer_parts_than_there_are_or_than_may_go_are_refused_by_headers(monkeypatch, model, budget, words):
+    monkeypatch.setattr(losses, "measure", lambda *_: pytest.fail("measured before it was refused"))
+    with pytest.raises(InputError, match=words):
+        search.export(planned(model, budget), Progress(silent=True))
+
+
+def test_the_error_of_bits_is_kept_where_fewer_parts_are_worse(monkeypatch, model, source, some_text):
+    monkeypatch.setattr(driver, "export", lambda *_: pytest.fail("nothing is within this budget"))
+    budget = Budget(max_size=85_000, max_perplexity_ratio=1.00001)
+    with pytest.raises(InputError, match="no model with fewer parts was found that costs as little"):
+        search.export(planned(model, budget), Progress(silent=True))
+
+
+def test_headers_promise_no_more_than_a_pass_keeps(source, some_text):
+    for kind in kinds_of(source, ()):
+        sizes = [structure.shapes.parameters for structure in kind]
+        assert sizes == sorted(sizes, reverse=True)
+        assert sizes[0] < source.parameters
+        made = kind[0].step.run(source, Workbench(calibration=some_text)).checkpoint
+        assert kind[0].shapes.parameters <= made.parameters < source.parameters
+    assert [kind[0].step.name for kind in kinds_of(source, ())] == ["prune-neurons", "drop-layers"]
+    assert kinds_of(source, (DropLayers(count=1),)) == ()
+
+
+def test_thresholds_widen_with_the_limit_that_was_set():
+    own = default_gates("text-generation", 4)
+    assert (
+        gates_of_fewer_parts(Budget(max_perplexity_ratio=1.05), "text-generation").max_kl_mean
+        == own.max_kl_mean
+    )
+    wide = gates_of_fewer_parts(Budget(max_perplexity_ratio=3.0), "text-generation")
+    assert wide.max_kl_mean == pytest.approx(1.5 * math.log(3))
+    assert wide.max_lowering_kl_mean == own.max_lowering_kl_mean
+    assert gates_of_fewer_parts(Budget(min_cosine=0.9), "sentence-embedding").min_cosine_min == pytest.approx(
+        0.7
+    )
 
 
 def test_the_cache_is_where_the_user_says(tmp_path, monkeypatch, tiny_llama):
