@@ -11,6 +11,7 @@ import torch
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.exporters import executorch_lowering as lowering
+from slm_export.exporters.executorch import ExecuTorchExporter
 from slm_export.exporters.executorch_dialect import ExecuTorchDialect
 from slm_export.graph.layers import CannotStamp, check_alike, layers_of
 from slm_export.graph.model import build_decoder
@@ -88,6 +89,7 @@ def test_layers_that_differ_are_not_copied(tmp_path: Path) -> None:
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     families.save((name, config, {**options, "layer_types": kinds}), tmp_path)
     checkpoint = RECIPES["8 bits"].run(load_checkpoint(tmp_path)).checkpoint
+    ExecuTorchExporter().ready()
     module = build_decoder(checkpoint, ExecuTorchDialect(), context=32)
     with pytest.raises(CannotStamp, match="differs from layer 0"):
         check_alike(module, layers_of(checkpoint))

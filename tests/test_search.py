@@ -318,6 +318,7 @@ def some_text(monkeypatch):
 
 
 def test_parts_are_taken_out_where_bits_alone_do_not_get_there(monkeypatch, model, source, some_text):
+    monkeypatch.setattr("slm_export.budget.structure._FRACTIONS", (0.5, 0.75))
     seen = []
     monkeypatch.setattr(driver, "export", lambda plan, progress: (seen.append(plan), (None, None))[1])
     budget = Budget(max_size=85_000, max_perplexity_ratio=2.0)
