@@ -169,11 +169,11 @@ def _console() -> Console:
 
 def _print_table(console: Console, model: ModelShape, found: Sequence[Forecast]) -> None:
     console.print(Text(f"{model.name}: predicted, nothing was measured on these devices", "bold"))
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     for head in ("device", "format"):
         table.add_column(head, no_wrap=True)
-    for head in ("file MB", "memory MB", "fits", "context", "decode", "prefill", "first ms"):
-        table.add_column(head, justify="right")
+    for head in ("file MB", "memory", "fits", "context", "decode", "prefill", "first ms"):
+        table.add_column(head, justify="right", no_wrap=True)
     for one in found:
         table.add_row(
             one.device,
@@ -185,7 +185,10 @@ def _print_table(console: Console, model: ModelShape, found: Sequence[Forecast])
             *(figure.split()[0] for figure in _speeds(one)),
         )
     console.print(table)
-    told = "context: the longest that fits. Speeds: tokens/s. -: not known; ask for one device to see why."
+    told = (
+        "memory: MB at the peak. context: the longest that fits. decode, prefill: tokens/s. -: not known; ask for "
+        "one device to see why."
+    )
     console.print(Text(told, "dim"))
     for note in dict.fromkeys(note for one in found for note in one.notes):
         console.print(Text(note, "yellow"))

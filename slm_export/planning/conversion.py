@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -26,14 +27,13 @@ def conversion_of(model: ModelShape, format: str) -> Conversion | None:
     lowered as a whole, and a share of the mapped source.
     """
     of = _fitted().get(format)
-    if of is None:
-        return None
-    return Conversion(
-        of["seconds"] + of["seconds_per_byte"] * model.source_bytes,
-        round(
-            of["bytes"] + of["bytes_per_table_value"] * model.largest_table + of["share"] * model.source_bytes
-        ),
-    )
+    return None if of is None else line(of, model)
+
+
+def line(of: Mapping[str, float], model: ModelShape) -> Conversion:
+    """Return what the coefficients of a format say of a model."""
+    peak = of["bytes"] + of["bytes_per_table_value"] * model.largest_table + of["share"] * model.source_bytes
+    return Conversion(of["seconds"] + of["seconds_per_byte"] * model.source_bytes, round(peak))
 
 
 @lru_cache(maxsize=1)

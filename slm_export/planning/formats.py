@@ -1,6 +1,7 @@
 """How each format stores what is on the grid, in bytes: of a matrix, and of the program around the weights.
 
-Figures of artifacts of this project (docs/compression.md); the memory of the host's runtimes is a first guess.
+Sizes are those of artifacts of this project. Memory was measured on the host with a 1B model (docs/plan.md); of Core
+ML, which cannot be run there, it is a guess.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class Format:
 
 
 FORMATS: Mapping[str, Format] = {
-    "executorch": Format(2, 4, 4, 4, 0, 0, 20_000, 11_000, False, 1.45, 15),
-    "litert": Format(2, 12, 0, 4, 350, 0, 40_000, 21_400, True, 1.45, 30),
-    "onnx": Format(4, 8, 0, 4, 0, 1_250, 10_000, 4_000, False, 1.6, 30),
+    "executorch": Format(2, 4, 4, 4, 0, 0, 20_000, 11_000, False, 1.57, 15),
+    "litert": Format(2, 12, 0, 4, 350, 0, 40_000, 21_400, True, 1.73, 30),
+    "onnx": Format(4, 8, 0, 4, 0, 1_250, 10_000, 4_000, False, 2.17, 30),
     "coreml": Format(2, 2, 0, 2, 0, 0, 40_000, 60_000, False, 1.0, 0),
 }
 
