@@ -2,8 +2,8 @@
 
     python benchmarks/quality/mixed_precision.py examples/pycode-5m [--tokens 8192] [--with group-quantize]...
 
-Costs are measured one matrix at a time on modules of the standard library (minutes; kept in the cache folder), the
-allocations on the held-out files (heldout.py), weights in torch. "predicted" adds costs up; "same text" is the whole
+Costs are measured on modules of the standard library, the allocations on the held-out files (heldout.py), weights in
+torch. "predicted" adds costs up; "same text" is the whole
 allocation on the text that the costs were measured on, so what adding up gets wrong is the difference of those two.
 The standard error is over windows. Sizes are codes and scales.
 """
@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
 from calibrated import Decoder, calibration_of, compress
 
 from slm_export.budget.allocation import Limit, solve
 from slm_export.budget.choices import INT8, Allocation, Choice, options_for, tables_of
-from slm_export.budget.sensitivity import Reading, Text, measure, quantized_as
+from slm_export.budget.sensitivity import TOKENS, Text, measure
+from slm_export.compression.distance import Distance
 from slm_export.source.load import load_checkpoint
 from slm_export.source.provenance import source_sha256
 from slm_export.tokenization.tokenizer import SourceTokenizer
@@ -33,6 +33,9 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument(
+        "--bits", type=float, action="append", help="Of a value on average. [default: several]"
+    )
     parser.add_argument(
         "--with", dest="passes", action="append", help="Passes that quantize. [default: group-quantize]"
     )
@@ -50,28 +53,28 @@ def main() -> None:
     def all_in(body: Choice, embedding: Choice) -> Allocation:
         return {name: body if source.roles[name] == "linear" else embedding for name in options}
 
-    rows = {
-        "int4/32, embedding too": all_in(Choice(4, 32), Choice(4, 32)),
-        "int4/128, embedding int8": all_in(Choice(4, 128), INT8),
-        "int4/32, embedding int8": all_in(Choice(4, 32), INT8),
-        "int8": all_in(INT8, INT8),
-    }
-    for bits in BITS_PER_WEIGHT:
+    rows = (
+        {}
+        if arguments.bits
+        else {
+            "int4/32, embedding too": all_in(Choice(4, 32), Choice(4, 32)),
+            "int4/128, embedding int8": all_in(Choice(4, 128), INT8),
+            "int4/32, embedding int8": all_in(Choice(4, 32), INT8),
+            "int8": all_in(INT8, INT8),
+        }
+    )
+    for bits in arguments.bits or BITS_PER_WEIGHT:
         found = solve(options, costs, [Limit("size", takes, 0.0, bits * values / 8)])
         assert found is not None
         rows[f"mixed, {bits:.2f} bits per weight"] = found
-    reading, judge = (
-        Reading(source, Text.of(source, text.learning)),
-        Decoder(source, tokenizer, arguments.tokens),
-    )
+    judge = Decoder(source, tokenizer, arguments.tokens)
+    read = text.learning[: len(Text.of(source, text.learning).ids)]
+    same_text = Distance(source, read, 2 * TOKENS)
     print(f"{source.name}: {judge.what}")
     for label, allocation in rows.items():
         size = sum(takes[name][choice] for name, choice in allocation.items())
         predicted = sum(costs[name][choice] for name, choice in allocation.items())
-        with torch.no_grad():
-            whole = reading.cost_of(
-                {name: quantized_as(source.weights[name], c) for name, c in allocation.items()}
-            )
+        whole = same_text.to(compress(source, (("group-quantize", tables_of(allocation)),), text))
         print(
             f"{label:30s} {size / 1e6:.3f} MB  {8 * size / values:.3f} bits  "
             f"predicted {predicted:.5f}  same text {whole:.5f}",

@@ -158,6 +158,12 @@ class Expectation:
             for name, choices in self.options.items()
         }
 
+    def missed(self, budget: Budget) -> Limit | None:
+        """Return a limit on cost that the least allocation exceeds for certain; None where all may be kept to."""
+        least = self.least()
+        over = (limit for limit in self.limits(budget) if limit.of(least) - limit.fixed > limit.limit)
+        return next(over, None)
+
     def corrected(self, allocation: Allocation, results: Sequence[FormatResult]) -> Expectation:
         """Return what is expected after artifacts of an allocation were measured."""
         program, memory, speed, loss = dict(self.program), dict(self.memory), self.speed, self.loss

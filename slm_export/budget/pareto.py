@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from slm_export.budget.choices import Allocation
 from slm_export.budget.frontier import Point, frontier, log_perplexity, measured, ratio
-from slm_export.budget.search import Measured, Problem, first_allocation, read_problem, with_costs
+from slm_export.budget.losses import Ground, ground_of, with_losses
+from slm_export.budget.problem import Problem, read_problem
+from slm_export.budget.search import first_allocation, refuse_impossible
 from slm_export.compilation import Plan
 from slm_export.compression.distance import Distance
 from slm_export.errors import InputError
@@ -37,19 +39,21 @@ def explore(plan: Plan, progress: Progress) -> Explored:
     Raises:
         InputError: the model is of a task whose quality is no figure that adds up, or the budget is impossible.
     """
-    problem, expected = read_problem(plan, progress)
+    problem = read_problem(plan, progress)
+    refuse_impossible(problem)
     source = problem.source
     if source.task not in (GENERATION, EMBEDDING):
         raise InputError(f"{source.name}: --pareto is of models that write text or embed it")
     documents = load_documents(plan.request.eval_text)
-    expected, known = with_costs(problem, expected, progress)
+    ground = ground_of(problem, progress)
+    expected = with_losses(problem, ground, progress)
     chosen = first_allocation(expected, problem.budget) if problem.budget else None
     points = frontier(expected, chosen)
     with progress.stage("measure points of the frontier") as stage:
         measure = (
-            _of_decoder(problem, known, documents)
+            _of_decoder(problem, ground, documents)
             if source.task == GENERATION
-            else _of_encoder(problem, known)
+            else _of_encoder(problem, ground)
         )
 
         def one(allocation: Allocation) -> float:
@@ -62,7 +66,7 @@ def explore(plan: Plan, progress: Progress) -> Explored:
     return Explored(source.name, plan.profile.title, expected.formats[0], quality, points, notes)
 
 
-def _of_decoder(problem: Problem, known: Measured, documents: Sequence[str]) -> Callable[[Allocation], float]:
+def _of_decoder(problem: Problem, ground: Ground, documents: Sequence[str]) -> Callable[[Allocation], float]:
     tokenizer, source = problem.tokenizer, problem.source
     bos = tokenizer.bos_id if tokenizer.adds_bos else None
     length = min(WINDOW, source.positions or WINDOW)
@@ -71,14 +75,14 @@ def _of_decoder(problem: Problem, known: Measured, documents: Sequence[str]) -> 
 
     def measure(allocation: Allocation) -> float:
         made = optimize(
-            problem.recipe(allocation), source, known.source_sha256, known.text, None, Progress(silent=True)
+            problem.recipe(allocation), source, ground.source_sha256, ground.text, None, Progress(silent=True)
         )
         return ratio(before, log_perplexity(made.checkpoint, windows))
 
     return measure
 
 
-def _of_encoder(problem: Problem, known: Measured) -> Callable[[Allocation], float]:
+def _of_encoder(problem: Problem, ground: Ground) -> Callable[[Allocation], float]:
     tokenizer, source = problem.tokenizer, problem.source
     most = source.positions or WINDOW
     windows = [tuple(tokenizer.encode_with_template(text)[:most]) for text in load_sentences()]
@@ -86,7 +90,7 @@ def _of_encoder(problem: Problem, known: Measured) -> Callable[[Allocation], flo
 
     def measure(allocation: Allocation) -> float:
         made = optimize(
-            problem.recipe(allocation), source, known.source_sha256, known.text, None, Progress(silent=True)
+            problem.recipe(allocation), source, ground.source_sha256, ground.text, None, Progress(silent=True)
         )
         return 1 - distance.to(made.checkpoint)
 
