@@ -107,43 +107,48 @@ class Plot:
     lines: tuple[Line, ...] = ()
 
 
+@dataclass(frozen=True)
+class Sized:
+    """A recipe: its size, and the quality that is predicted and measured of it."""
+
+    label: str
+    bytes: int
+    predicted: float | None
+    measured: float | None
+    chosen: bool
+
+
 def frontier(points: Sequence[FrontierPoint]) -> Plot | None:
     """Return size against perplexity ratio; None without a point that has both."""
-    ratios = [
-        ratio
-        for point in points
-        for ratio in (point.predicted_perplexity_ratio, point.measured_perplexity_ratio)
-        if ratio is not None
+    made = [
+        Sized(p.label, p.bytes, p.predicted_perplexity_ratio, p.measured_perplexity_ratio, p.chosen)
+        for p in points
     ]
-    if not ratios:
+    return size_against("perplexity ratio", made)
+
+
+def size_against(quality: str, points: Sequence[Sized]) -> Plot | None:
+    """Return size against a quality, what is predicted on a line; None without a point that has both."""
+    values = [value for point in points for value in (point.predicted, point.measured) if value is not None]
+    if not values:
         return None
     x = linear([point.bytes for point in points], lambda value: megabytes(round(value)))
-    y = linear(ratios)
+    y = linear(values)
     marks, predicted = [], []
     for point in sorted(points, key=lambda point: point.bytes):
-        for ratio, measured in (
-            (point.predicted_perplexity_ratio, False),
-            (point.measured_perplexity_ratio, True),
-        ):
-            if ratio is None:
+        for value, measured in ((point.predicted, False), (point.measured, True)):
+            if value is None:
                 continue
             word = "measured" if measured else "predicted"
-            title = f"{point.label}: {megabytes(point.bytes)}, perplexity ratio {figure(ratio)} {word}"
+            title = f"{point.label}: {megabytes(point.bytes)}, {quality} {figure(value)} {word}"
             chosen = point.chosen and measured
             label = point.label if chosen else ""
-            mark = Mark(x.at(point.bytes), 100 - y.at(ratio), title, label, measured, chosen)
+            mark = Mark(x.at(point.bytes), 100 - y.at(value), title, label, measured, chosen)
             marks.append(mark)
             predicted += [] if measured else [mark]
-    lines = [Line(a.x, a.y, b.x, b.y) for a, b in pairwise(predicted)]
-    return Plot(
-        "Size against perplexity ratio",
-        "size of the artifact",
-        "perplexity ratio",
-        x.ticks(),
-        y.ticks(),
-        tuple(marks),
-        tuple(lines),
-    )
+    lines = tuple(Line(a.x, a.y, b.x, b.y) for a, b in pairwise(predicted))
+    title = f"Size against {quality}"
+    return Plot(title, "size of the artifact", quality, x.ticks(), y.ticks(), tuple(marks), lines)
 
 
 def roofline(predictions: Sequence[tuple[str, Prediction]]) -> Plot | None:
