@@ -23,6 +23,11 @@ _LARGEST_AXIS = 16_384
 _STATE_MULTIPLE = 32
 _GUIDE = "https://apple.github.io/coremltools/docs-guides/source/"
 _ISSUES = "https://github.com/apple/coremltools/issues/"
+_SCALED = {
+    "constexpr_blockwise_shift_scale": "data",
+    "constexpr_sparse_blockwise_shift_scale": "data_mask",
+}
+"""Operators with scales -> the parameter that has the shape of the matrix."""
 _GATHERS = ("gather", "gather_along_axis", "gather_nd")
 
 
@@ -54,8 +59,8 @@ def _has_blocks(call: Call, name: str) -> bool:
     maker = call.makers.get(name)
     if maker is None or not maker.kind.startswith(CONSTEXPR):
         return False
-    if maker.kind == "constexpr_blockwise_shift_scale":
-        data, scale = call.shape(maker, "data"), call.shape(maker, "scale")
+    if maker.kind in _SCALED:
+        data, scale = call.shape(maker, _SCALED[maker.kind]), call.shape(maker, "scale")
         several = [(blocks, size) for blocks, size in zip(scale, data, strict=True) if blocks > 1]
         if len(several) > 1 or any(blocks != size for blocks, size in several):
             return True

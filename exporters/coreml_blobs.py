@@ -46,17 +46,17 @@ class BlobWriter:
             self._offsets[key] = self.write(element, len(data), [data])
         return self._offsets[key]
 
-    def tensor(self, element: str, values: Tensor) -> int:
-        """Store a tensor, or bytes of packed elements; return its offset."""
+    def tensor(self, element: str, values: Tensor, unused: int = 0) -> int:
+        """Store a tensor, or bytes of packed elements, some bits of the last unused; return its offset."""
         data = values.contiguous().view(-1).numpy()
-        return self.write(element, data.nbytes, [data.data])
+        return self.write(element, data.nbytes, [data.data], unused)
 
-    def write(self, element: str, size: int, parts: Iterable[bytes | memoryview]) -> int:
+    def write(self, element: str, size: int, parts: Iterable[bytes | memoryview], unused: int = 0) -> int:
         """Store ``size`` bytes that arrive in parts; return the offset of their metadata."""
         offset = self._file.tell()
         stored = BY_NAME[element].stored
         assert stored is not None, element
-        metadata = _METADATA.pack(SENTINEL, stored, size, offset + ALIGNMENT, 0)
+        metadata = _METADATA.pack(SENTINEL, stored, size, offset + ALIGNMENT, unused)
         self._file.write(metadata.ljust(ALIGNMENT, b"\0"))
         written = sum(self._file.write(part) for part in parts)
         assert written == size, (written, size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,16 +12,18 @@ from slm_export.errors import InputError
 from slm_export.exporters.coreml_metadata import WEIGHTS
 from slm_export.exporters.mil.blob import Packed
 from slm_export.exporters.mil.package import Package
-from slm_export.exporters.mil.program import Operation
-from slm_export.weights import TABLE_BITS, Coded, Palettized, Quantized
+from slm_export.exporters.mil.program import Name, Operation
+from slm_export.weights import TABLE_BITS, Coded, Palettized, Quantized, quantized
 
 _TABLES = "constexpr_lut_to_dense"
+_SPARSE = "constexpr_sparse_blockwise_shift_scale"
 _PARTS = {
     "constexpr_blockwise_shift_scale": ("data", "scale"),
     "constexpr_affine_dequantize": ("quantized_data", "scale"),
     _TABLES: ("indices", "lut"),
+    _SPARSE: ("nonzero_data", "scale", "data_mask"),
 }
-"""Operations that make a matrix -> their parameters for its codes and for what those mean."""
+"""Operations that make a matrix, or what of it is not 0 -> their parameters for its codes and for what those mean."""
 
 
 def read_weights(path: Path) -> Mapping[str, Coded]:
@@ -37,17 +39,28 @@ def read_weights(path: Path) -> Mapping[str, Coded]:
     except (KeyError, ValueError) as error:
         raise InputError(f"{path}: its metadata lacks '{WEIGHTS}'; export the model again") from error
     found = [
-        {
-            names.get(operation.outputs[0][0], operation.outputs[0][0]): operation
-            for operation in function.operations
-            if operation.kind in _PARTS
-        }
+        {names.get(made, made): operation for made, operation in _coded(function.operations)}
         for function in package.functions.values()
     ]
     for other in found[1:]:
         if differing := sorted(name for name in found[0] if not _alike(found[0][name], other.get(name))):
             raise InputError(f"{path}: its functions have different weights for {', '.join(differing[:3])}")
     return {name: _matrix(operation) for name, operation in found[0].items()}
+
+
+def _coded(operations: Sequence[Operation]) -> Iterator[tuple[str, Operation]]:
+    """Yield the value that is a matrix, and the operation that knows its codes."""
+    spread = {
+        part.name: operation.outputs[0][0]
+        for operation in operations
+        if operation.kind == "constexpr_sparse_to_dense"
+        for part in operation.inputs.get("nonzero_data", ())
+        if isinstance(part, Name)
+    }
+    for operation in operations:
+        if operation.kind in _PARTS:
+            made = operation.outputs[-1][0]
+            yield spread.get(made, made), operation
 
 
 def _alike(one: Operation, other: Operation | None) -> bool:
@@ -59,7 +72,24 @@ def _alike(one: Operation, other: Operation | None) -> bool:
 
 
 def _matrix(operation: Operation) -> Coded:
-    return _palettized(operation) if operation.kind == _TABLES else _quantized(operation)
+    if operation.kind == _TABLES:
+        return _palettized(operation)
+    return _sparse(operation) if operation.kind == _SPARSE else _quantized(operation)
+
+
+def _sparse(operation: Operation) -> Quantized:
+    left, scale, mask = (_constant(operation, key) for key in _PARTS[_SPARSE])
+    _refuse_shift(operation)
+    bits, scales, places = left.element.bits, scale.tensor().float(), mask.tensor().bool()
+    fits = places.dim() == scales.dim() == 2 and scales.shape[0] == places.shape[0]
+    if left.element.name not in ("int4", "int8") or not fits or places.shape[1] % scales.shape[1]:
+        raise InputError(
+            f"{operation.where}: {left.element.name} with scales {list(scales.shape)} for a mask {list(places.shape)} "
+            "is not on the grid of symmetric int4 and int8"
+        )
+    codes = torch.zeros(places.shape, dtype=torch.int8)
+    codes[places] = left.tensor()
+    return quantized(codes, scales, bits)
 
 
 def _palettized(operation: Operation) -> Palettized:

@@ -111,7 +111,7 @@ class _Planner:
         for operation, operator in zip(function.operations, operators, strict=True):
             try:
                 if operator is None or operator.constant:
-                    self._constants[operation.outputs[0][0]] = self._folded(operation, operator)
+                    self._constants.update(self._folded(operation, operator))
                 else:
                     self._check(operation, operator)
                     dynamic.append((operation, operator))
@@ -136,26 +136,28 @@ class _Planner:
         results = tuple((name, self._slots[name], name in sharing.guarded) for name in names)
         return Plan(tuple(steps), len(self._slots), fixed, self._slots, results)
 
-    def _folded(self, operation: Operation, operator: Operator | None) -> Constant | str:
-        """Return what an operation on constants makes; nothing is read yet."""
-        if len(operation.outputs) != 1:
-            raise InputError(f"makes {len(operation.outputs)} values")
+    def _folded(self, operation: Operation, operator: Operator | None) -> dict[str, Constant | str]:
+        """Return what an operation on constants makes, by name; nothing is read yet."""
         operands = {name: self._constant(operand) for name, operand in operation.inputs.items()}
+        results: tuple[Constant | str, ...]
         if operator is None:
             if set(operands) != {"val"}:
                 raise InputError(f"has the operands {sorted(operands)}, not 'val'")
-            made = operands["val"]
+            results = (operands["val"],)
         else:
             operator.check(list(operands))
             key = (operation.kind, operator.since, *sorted((k, id(v)) for k, v in operands.items()))
-            made = self._pool.once(key, lambda: operator.run(**operands), operands)
-        if isinstance(made, Constant):
-            type = operation.outputs[0][1]
-            if made.dtype != type.element.dtype or not type.accepts(made.shape):
+            results = self._pool.once(key, lambda: operator.run(**operands), operands)
+        if len(results) != len(operation.outputs):
+            raise InputError(f"makes {len(results)} values, declared are {len(operation.outputs)}")
+        for made, (_, type) in zip(results, operation.outputs, strict=True):
+            if isinstance(made, Constant) and (
+                made.dtype != type.element.dtype or not type.accepts(made.shape)
+            ):
                 raise InputError(
                     f"is declared {type}, but is {made.dtype} {list(made.shape)}; the conversion is at fault"
                 )
-        return made
+        return {name: made for made, (name, _) in zip(results, operation.outputs, strict=True)}
 
     def _constant(self, operand: tuple[Name | Value, ...]) -> Constant | str:
         if len(operand) != 1:

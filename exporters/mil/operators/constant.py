@@ -85,19 +85,24 @@ class Pool:
 
     def __init__(self, budget: int) -> None:
         self._left = budget
-        self._made: dict[Any, tuple[Constant, Any]] = {}
+        self._made: dict[Any, tuple[tuple[Constant, ...], Any]] = {}
 
-    def once(self, key: Any, make: Callable[[], Constant], operands: Any) -> Constant:
-        """Return the constant of a key; operands live as long as it does, so that their ids in the key are theirs."""
+    def once(
+        self, key: Any, make: Callable[[], Constant | tuple[Constant, ...]], operands: Any
+    ) -> tuple[Constant, ...]:
+        """Return the constants of a key; operands live as long as they do, so that their ids in the key are theirs."""
         if key not in self._made:
-            constant = make()
-            constant.pool = self
-            self._made[key] = constant, operands
+            made = make()
+            constants = (made,) if isinstance(made, Constant) else made
+            for constant in constants:
+                constant.pool = self
+            self._made[key] = constants, operands
         return self._made[key][0]
 
     def stored(self, packed: Packed) -> Constant:
         """Return a constant of the file."""
-        return self.once(id(packed), lambda: Stored(packed), packed)
+        (constant,) = self.once(id(packed), lambda: Stored(packed), packed)
+        return constant
 
     def admits(self, size: int) -> bool:
         """Return whether this many bytes are left, and take them."""

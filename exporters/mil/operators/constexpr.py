@@ -7,6 +7,8 @@ result once.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -109,9 +111,7 @@ class Sparse(Constant):
         super().__init__(mask.shape, values.dtype)
         self._values, self._mask = values, mask
         counts = [int(mask.rows(row, row + 1).sum()) for row in range(mask.shape[0])]
-        self._starts = [0]
-        for count in counts:
-            self._starts.append(self._starts[-1] + count)
+        self._starts = [0, *accumulate(counts)]
         if values.shape != (self._starts[-1],):
             raise InputError(f"{list(values.shape)} values for a mask of {self._starts[-1]} ones")
 
@@ -125,6 +125,27 @@ class Sparse(Constant):
         """Return rows with their zeros."""
         rows = [self.rows(row, row + 1) for row in index.tolist()]
         return torch.cat(rows) if rows else self.rows(0, 0)
+
+
+class Nonzero(Constant):
+    """What a matrix has where a mask has a one, in the order of rows."""
+
+    def __init__(self, matrix: Constant, mask: Constant) -> None:
+        self._matrix, self._mask = matrix, mask
+        counts = [int(mask.rows(row, row + 1).sum()) for row in range(mask.shape[0])]
+        self._starts = [0, *accumulate(counts)]
+        super().__init__((self._starts[-1],), matrix.dtype)
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """Return values [begin, end); the rows of the matrix that they are in are made whole."""
+        first, last = bisect_right(self._starts, begin) - 1, bisect_left(self._starts, end)
+        first = min(first, last)
+        found = self._matrix.rows(first, last)[self._mask.rows(first, last).bool()]
+        return found[begin - self._starts[first] : end - self._starts[first]]
+
+    def take(self, index: Tensor) -> Tensor:
+        """Return single values."""
+        return self.tensor()[index]
 
 
 class Cast(Constant):
@@ -222,6 +243,18 @@ def constexpr_sparse_to_dense_16(nonzero_data: Constant, mask: Constant, shape: 
 def constexpr_sparse_to_dense(nonzero_data: Constant, mask: Constant) -> Constant:
     """The values where the uint1 mask is 1: iOS18.compression."""
     return Sparse(nonzero_data, mask)
+
+
+@operator("constexpr_sparse_blockwise_shift_scale", since=18, constant=True)
+def constexpr_sparse_blockwise_shift_scale(
+    data_mask: Constant, nonzero_data: Constant, scale: Constant, offset: Constant | None = None
+) -> tuple[Constant, Constant]:
+    """The mask, and ``scale * (nonzero_data - offset)`` with the scale and offset of the block that each value is in:
+    iOS18.compression.
+    """
+    data = Sparse(nonzero_data, data_mask)
+    dense = ShiftScale(data, scale.tensor(), None if offset is None else offset.tensor())
+    return data_mask, Nonzero(dense, data_mask)
 
 
 @operator("constexpr_cast", since=16, constant=True)

@@ -44,7 +44,7 @@ class Operator:
     lazy: frozenset[str]
     """Parameters that it takes as `Constant`, not yet dequantized, where they are constant."""
     constant: bool
-    """It makes a `Constant` out of constants, once, before anything runs."""
+    """It makes a `Constant`, or several, out of constants, once, before anything runs."""
 
     @cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
