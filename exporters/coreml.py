@@ -43,6 +43,7 @@ class CoreMLExporter:
     elsewhere: ClassVar[str | None] = "Core ML runs on Apple's systems alone"
     packages: ClassVar[tuple[str, ...]] = ("coremltools",)
     tables: ClassVar[bool] = True
+    dense_only: ClassVar[str | None] = None
 
     def file(self, task: str) -> str:
         """Return where the package is in a bundle."""

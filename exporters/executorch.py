@@ -50,6 +50,9 @@ class ExecuTorchExporter:
     elsewhere: ClassVar[str | None] = None
     packages: ClassVar[tuple[str, ...]] = ("executorch",)
     tables: ClassVar[bool] = False
+    dense_only: ClassVar[str | None] = (
+        "XNNPACK has no sparse int8 or int4 kernel (its sparse ones are of float convolutions)"
+    )
 
     def file(self, task: str) -> str:
         """Return where the program is in a bundle."""

@@ -54,6 +54,9 @@ class LiteRTExporter:
         "litert-lm-builder",
     )
     tables: ClassVar[bool] = False
+    dense_only: ClassVar[str | None] = (
+        "XNNPACK, which computes for it, has no sparse int8 or int4 kernel (its sparse ones are of float convolutions)"
+    )
 
     def __init__(self) -> None:
         self._threads = _THREADS

@@ -46,6 +46,9 @@ class OnnxExporter:
         "onnxruntime-genai",
     )
     tables: ClassVar[bool] = False
+    dense_only: ClassVar[str | None] = (
+        "ONNX Runtime has no sparse kernel for a quantized matrix (a sparse initializer is made dense as it is loaded)"
+    )
 
     def __init__(self) -> None:
         self._threads = 0  # as many as there are cores

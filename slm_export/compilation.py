@@ -10,7 +10,9 @@ from slm_export.budget.budget import Budget
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError
 from slm_export.gates import SPEED, TELLING, Gates
+from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.optimizers.palettize import Palettize
+from slm_export.optimizers.sparsify import Sparsify
 from slm_export.optimizers.trim_vocabulary import TrimVocabulary
 from slm_export.profile import DeviceProfile, default_profile, load_profile
 from slm_export.recipe import QuantizationOptions, Recipe, build_recipe
@@ -125,6 +127,7 @@ def make_plan(request: Request) -> Plan:
     )
     recipe = build_recipe(profile.recipe, request.quantization, where)
     _refuse_tables(recipe, exporters, profile)
+    _refuse_zeros(recipe, exporters, profile)
     _refuse_same_text(request)
     refuse_foreign_text(
         [step.name for step in recipe], request.calibration, request.eval_text, judged=request.verify
@@ -153,6 +156,30 @@ def _refuse_tables(recipe: Recipe, exporters: Sequence[Exporter], profile: Devic
                 f"{step.name}: coreml for iOS {profile.coreml.ios} has one table per matrix; write group_channels = 0 "
                 f"in the recipe of device {profile.name}, or leave out coreml.ios = {profile.coreml.ios}"
             )
+
+
+def _refuse_zeros(recipe: Recipe, exporters: Sequence[Exporter], profile: DeviceProfile) -> None:
+    """Refuse to make matrices sparse where nothing is gained by that, or where a later pass would fill them again."""
+    name = Sparsify.name
+    behind = next((recipe[at + 1 :] for at, step in enumerate(recipe) if step.name == name), None)
+    if behind is None:
+        return
+    for made in exporters:
+        if made.dense_only:
+            raise InputError(
+                f"{name}: format {made.name} gains nothing from zeros: {made.dense_only}; leave the pass out, or take "
+                "whole parts away (prune-neurons, prune-kv-groups, drop-layers), which every format gains from"
+            )
+    if profile.coreml.ios < 18:
+        raise InputError(
+            f"{name}: coreml for iOS {profile.coreml.ios} cannot store quantized matrices with a mask; leave out the "
+            f"pass, or coreml.ios = {profile.coreml.ios} of device {profile.name}"
+        )
+    if filling := next((step.name for step in behind if step.name != GroupQuantize.name), None):
+        raise InputError(
+            f"{name}: {filling} behind it would not keep its zeros; {GroupQuantize.name} alone may follow it, so let "
+            f"{filling} come before, or leave it out"
+        )
 
 
 def refuse_foreign_text(

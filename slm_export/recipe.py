@@ -22,8 +22,11 @@ from slm_export.optimizers.prune_kv_groups import PruneKvGroups
 from slm_export.optimizers.prune_neurons import PruneNeurons
 from slm_export.optimizers.recover import Recover
 from slm_export.optimizers.rotate import Rotate
+from slm_export.optimizers.sparsify import Sparsify
 from slm_export.optimizers.trim_vocabulary import TrimVocabulary
 from slm_export.profile import RecipeStep
+from slm_export.quantization_options import QuantizationOptions as QuantizationOptions
+from slm_export.quantization_options import merged
 from slm_export.weights import Dense
 
 PASSES: Mapping[str, type[Pass]] = {
@@ -35,6 +38,7 @@ PASSES: Mapping[str, type[Pass]] = {
         TrimVocabulary,
         Rotate,
         Awq,
+        Sparsify,
         GroupQuantize,
         Gptq,
         LearnedRounding,
@@ -52,65 +56,6 @@ _KINDS = {
     str: "a word",
     dict: "a table of names and whole numbers",
 }
-_TABLES = ("bits_by_tensor", "group_by_tensor")
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizationOptions:
-    """What the user asked for; None leaves the profile's choice."""
-
-    bits: int | None = None
-    group_size: int | None = None
-    embedding_bits: int | None = None
-    head_bits: int | None = None
-    palettize: int | None = None
-    """Bits of tables, in place of codes and scales."""
-
-    def over(self, others: QuantizationOptions) -> QuantizationOptions:
-        """Return these with what they leave open taken from others; codes and tables exclude each other."""
-        if self.palettize is not None:
-            others = dataclasses.replace(others, bits=None, group_size=None)
-        elif self.bits is not None or self.group_size is not None:
-            others = dataclasses.replace(others, palettize=None)
-        return dataclasses.replace(
-            others, **{key: bits for key, bits in vars(self).items() if bits is not None}
-        )
-
-    @property
-    def pass_name(self) -> str | None:
-        """The pass that is asked for; None where the options fit any."""
-        if self.palettize is not None:
-            return Palettize.name
-        return None if self.bits is None and self.group_size is None else GroupQuantize.name
-
-    def overrides(self) -> dict[str, int | None]:
-        """Return the options of the pass that are set. ``bits`` alone speaks for embedding and head too.
-
-        4 is the exception, and so are tables: an embedding in 4 bits costs a small model much more than it saves, so
-        it is asked for by itself.
-
-        Raises:
-            InputError: tables are asked for, and codes too.
-        """
-        if self.palettize is not None and (self.bits is not None or self.group_size is not None):
-            other = "bits" if self.bits is not None else "a group size"
-            raise InputError(
-                f"palettize {self.palettize} stores tables in place of codes and scales, and {other} of these were "
-                "asked for too: give one of the two"
-            )
-        chosen: dict[str, int | None] = {} if self.palettize is None else {"bits": self.palettize}
-        if self.bits is not None:
-            chosen["bits"] = self.bits
-            if self.bits != 4:
-                chosen |= {"embedding_bits": self.bits, "head_bits": None}
-        for option, key in (
-            (self.group_size, "group"),
-            (self.embedding_bits, "embedding_bits"),
-            (self.head_bits, "head_bits"),
-        ):
-            if option is not None:
-                chosen[key] = option
-        return chosen
 
 
 def build_recipe(steps: Sequence[RecipeStep], options: QuantizationOptions, where: str) -> Recipe:
@@ -119,30 +64,8 @@ def build_recipe(steps: Sequence[RecipeStep], options: QuantizationOptions, wher
     Raises:
         InputError: an unknown pass, an unknown option, a value that the pass refuses.
     """
-    overrides = options.overrides()
-    passes = []
-    quantizes = False
-    for step in steps:
-        name, chosen = step.pass_name, dict(step.options)
-        if getattr(PASSES.get(name), "quantizes", False) or name == Palettize.name:
-            if options.pass_name and (options.pass_name == Palettize.name) != (name == Palettize.name):
-                name, chosen = options.pass_name, _of_both(chosen)
-            # What speaks for all matrices leaves none of its own: otherwise --bits 8 would not mean 8.
-            kept = {key: value for key, value in chosen.items() if not overrides or key not in _TABLES}
-            chosen, quantizes = {**kept, **overrides}, True
-        passes.append(make_pass(name, chosen, where))
-    if overrides and not quantizes:
-        passes.append(make_pass(options.pass_name or GroupQuantize.name, overrides, where))
-    return tuple(passes)
-
-
-def _of_both(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what codes and tables both know; 6 bits exist in tables alone."""
-    return {
-        key: value
-        for key, value in options.items()
-        if key in ("embedding_bits", "head_bits") and value in (4, 8, 16, 32)
-    }
+    quantizing = [name for name, cls in PASSES.items() if cls.quantizes]
+    return tuple(make_pass(name, chosen, where) for name, chosen in merged(steps, options, quantizing))
 
 
 def make_pass(name: str, options: Mapping[str, Any], where: str) -> Pass:

@@ -85,6 +85,8 @@ class Exporter(Protocol):
     """What it is built on, for the record of versions."""
     tables: ClassVar[bool]
     """Whether it holds palettized weights."""
+    dense_only: ClassVar[str | None]
+    """Why zeros gain nothing in its runtime wherever they lie in a matrix; None where they do."""
     elsewhere: ClassVar[str | None]
     """Why the vendor's runtime cannot be asked on this machine; None where it can. `open` then executes the file by
     its specification: nothing is timed, and no runner of the vendor's writes text."""
