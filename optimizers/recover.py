@@ -1,14 +1,15 @@
 """Win back what compression cost: a short self-distillation to the source model's outputs.
 
-Given   a checkpoint whose matrices are on the integer grid, the model folder it came from, and text
-Result  codes and scales of the quantized linear layers, norms and biases as learned; same grid, same sizes
+Given   a compressed checkpoint, the model folder it came from, and text
+Result  of linear layers on the grid codes and scales as learned, of those of floats a factor on each row and a change
+        of ``rank``, merged into the matrix; norms and biases. Same grid, same types, same sizes
 
 The compressed model is the student and the source its own teacher (Hinton et al., "Distilling the Knowledge in a
 Neural Network", 2015; for quantized models Liu et al., "LLM-QAT", 2023): the KL divergence of its next-token
 probabilities, or 1 - cosine of its embeddings, is lessened by Adam. What is kept is the best of the states that were
 measured on held-out windows, the first one among them: never worse there than before.
 
-All of the model is in memory as float32, and twice its size again where codes are learned.
+All of the model is in memory as float32, and as much again twice where codes are learned.
 """
 
 from __future__ import annotations
@@ -49,12 +50,20 @@ class Recover:
     """Largest change of a number behind a code in one step, in units of its scale; 0: codes stay as they are."""
     rate: float = 0.001
     """The same of scales, norms and biases, as a share of their size."""
+    rank: int = 0
+    """Of the change that linear layers of floats learn (LoRA); it is merged before anything is quantized. 0: none."""
+    rank_rate: float = 0.002
+    """Largest change of a value of its two thin matrices in one step."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.tokens < 1:
             raise InputError(f"{self.name}: steps and tokens must be at least 1")
-        if self.rate < 0 or self.code_rate < 0 or not self.rate + self.code_rate:
-            raise InputError(f"{self.name}: rate and code_rate must not be negative, and not both 0")
+        if self.rate < 0 or self.code_rate < 0 or not (self.rate or self.code_rate or self.rank):
+            raise InputError(
+                f"{self.name}: rate and code_rate must not be negative, and not both 0 without a rank"
+            )
+        if self.rank < 0 or self.rank_rate <= 0:
+            raise InputError(f"{self.name}: rank must not be negative, and rank_rate must be positive")
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Any model can be its own teacher."""
@@ -62,14 +71,19 @@ class Recover:
     def run(self, checkpoint: Checkpoint, work: Workbench = DEFAULT) -> PassResult:
         """Learn, and return the checkpoint with what was best on held-out windows."""
         work.text(self.name)
-        student = Student(checkpoint, codes=self.code_rate > 0, others=self.rate > 0)
+        student = Student(checkpoint, codes=self.code_rate > 0, others=self.rate > 0, rank=self.rank)
+        if self.rank and not student.thin:
+            raise InputError(
+                f"{self.name}: a change of rank {self.rank} is merged into matrices of floats, and here all linear "
+                "layers are quantized; let this pass come before the quantization, or leave out rank"
+            )
         notes: list[str] = []
         made = cache(lambda: self._learn(student, checkpoint, work, notes))
         changed: dict[str, Weight] = {
             name: work.keeper.keep(name, partial(lambda name: made()[name], name)) for name in student.names
         }
         skipped = {
-            name: "not learned: no quantized linear layer, norm or bias"
+            name: "not learned: no linear layer, norm or bias"
             for name in checkpoint.weights
             if name not in changed
         }
@@ -87,6 +101,7 @@ class Recover:
             [
                 {"params": student.codes, "lr": self.code_rate, "betas": (0.9, 0.95)},
                 {"params": student.others, "lr": self.rate},
+                {"params": student.thin, "lr": self.rank_rate},
             ]
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / self.steps)

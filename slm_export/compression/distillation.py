@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slm_export.checkpoint import Checkpoint
+from slm_export.compression.adapter import Adapter
 from slm_export.compression.blocks import LiveDialect, LiveLinear, checkpoint_path, linears_of, run_model
 from slm_export.compression.latent import Latent
 from slm_export.graph.model import Encoder, build_reference
@@ -50,32 +51,46 @@ class Teacher:
 
 
 class Student:
-    """A compressed model whose codes, scales, norms and biases are parameters."""
+    """A compressed model, and what may be learned of it.
 
-    def __init__(self, checkpoint: Checkpoint, *, codes: bool, others: bool) -> None:
+    Of matrices on the grid that is codes and scales, of matrices of floats a factor on each row and a change of low
+    rank; norms and biases of all.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, codes: bool, others: bool, rank: int = 0) -> None:
         self._checkpoint = checkpoint
         self._model = build_reference(checkpoint, dialect=LiveDialect())
         self._originals = load_checkpoint(checkpoint.folder).weights if codes else {}
         self._latents: dict[str, tuple[LiveLinear, Latent]] = {}
+        self._adapters: dict[str, tuple[LiveLinear, Adapter]] = {}
         self._vectors: dict[str, Tensor] = {}
         for name, linear in linears_of(self._model, "").items():
-            self._take(name, linear)
+            self._take(name, linear, rank if rank or others else None)
         if others:
             self._take_vectors()
+        adapters = [adapter for _, adapter in self._adapters.values()]
         self.codes = [latent.codes for _, latent in self._latents.values()] if codes else []
         """What is learned in units of a step."""
         self.others = [latent.factors for _, latent in self._latents.values()] if others else []
+        self.others += [adapter.factors for adapter in adapters] if others else []
         self.others += self._vectors.values()
+        """Scales, factors, norms and biases."""
+        self.thin = [part for each in adapters for part in (each.up, each.down)] if rank else []
+        """The matrices of low rank."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the weights that are learned."""
-        return (*self._latents, *self._vectors)
+        return (*self._latents, *self._adapters, *self._vectors)
+
+    @property
+    def _matrices(self) -> dict[str, tuple[LiveLinear, Latent | Adapter]]:
+        return {**self._latents, **self._adapters}
 
     def loss(self, ids: Tensor, target: Tensor) -> Tensor:
         """Return the mean distance to the teacher's output: 1 - cosine of embeddings, KL divergence of all else."""
-        for linear, latent in self._latents.values():
-            linear.matrix = latent.matrix()
+        for linear, learned in self._matrices.values():
+            linear.matrix = learned.matrix()
         output = _output(self._model, ids)
         if self._checkpoint.task == EMBEDDING:
             return (1 - F.cosine_similarity(output, target, dim=-1)).mean()
@@ -89,14 +104,16 @@ class Student:
 
     def weights(self) -> dict[str, Weight]:
         """Return what has been learned, as it is now."""
-        made: dict[str, Weight] = {name: latent.weight() for name, (_, latent) in self._latents.items()}
+        made: dict[str, Weight] = {name: each.weight() for name, (_, each) in self._matrices.items()}
         for name, vector in self._vectors.items():
             made[name] = _dense(vector.detach().clone())
         return made
 
-    def _take(self, name: str, linear: LiveLinear) -> None:
-        weight = linear.source
-        if isinstance(weight, Quantized) and self._checkpoint.roles.get(name) == "linear":
+    def _take(self, name: str, linear: LiveLinear, rank: int | None) -> None:
+        weight, is_linear = linear.source, self._checkpoint.roles.get(name) == "linear"
+        if isinstance(weight, Dense) and is_linear and rank is not None:
+            self._adapters[name] = (linear, Adapter(weight, rank))
+        elif isinstance(weight, Quantized) and is_linear:
             original = self._originals.get(name)
             near = original is not None and original.shape == weight.shape and _is_near(original, weight)
             latent = Latent(weight, original.float32() if original is not None and near else None)
