@@ -90,12 +90,21 @@ class Decoder:
             return [model(input_ids=torch.tensor([w])).logits[0].log_softmax(-1) for w in self.windows]
 
     def judge(self, checkpoint: Checkpoint) -> str:
+        return described(*self.measure(checkpoint))
+
+    def measure(self, checkpoint: Checkpoint) -> tuple[Tensor, Tensor, Tensor]:
+        """Return KL divergence, increase of the log perplexity and agreement, each float32 (windows,)."""
         kl, increase, agree = [], [], []
         for p, q, window in zip(self.expected, self._read(checkpoint), self.windows, strict=True):
             kl.append((p.exp() * (p - q)).sum(-1).mean())
             increase.append((p - q)[:-1].gather(1, torch.tensor(window[1:]).unsqueeze(1)).mean())
             agree.append((p.argmax(-1) == q.argmax(-1)).float().mean())
-        return f"KL {_mean(kl)}  ln ratio {_mean(increase)}  top-1 {torch.stack(agree).mean():.2%}"
+        return torch.stack(kl), torch.stack(increase), torch.stack(agree)
+
+
+def described(kl: Tensor, increase: Tensor, agree: Tensor) -> str:
+    """Return what was measured of a decoder, in a line."""
+    return f"KL {mean(kl)}  ln ratio {mean(increase)}  top-1 {agree.mean():.2%}"
 
 
 class Encoder:
@@ -121,8 +130,8 @@ class Encoder:
             len(set(a.tolist()) & set(b.tolist())) / NEAREST
             for a, b in zip(_nearest(self.expected), _nearest(made), strict=True)
         ]
-        mean = _mean(list(cosines))
-        return f"cosine {mean}  least {cosines.min():.4f}  top-{NEAREST} overlap {_mean(torch.tensor(same))}"
+        overlap = mean(torch.tensor(same))
+        return f"cosine {mean(cosines)}  least {cosines.min():.4f}  top-{NEAREST} overlap {overlap}"
 
 
 def docstrings(count: int) -> list[str]:
@@ -142,7 +151,8 @@ def _nearest(embeddings: Tensor) -> Tensor:
     return (embeddings[:QUERIES] @ embeddings[QUERIES:].t()).topk(NEAREST).indices
 
 
-def _mean(values: Any) -> str:
+def mean(values: Any) -> str:
+    """Return the mean of measurements and its standard error."""
     values = torch.as_tensor(values) if not isinstance(values, list) else torch.stack(values)
     return f"{values.mean():.5f} ± {values.std() / len(values) ** 0.5:.5f}"
 

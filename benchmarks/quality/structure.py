@@ -1,12 +1,12 @@
 """What taking parts out costs, and what it gains: the passes beside other choices of the same size.
 
     python benchmarks/quality/structure.py examples/pycode-5m [--row NAME]... [--tokens 16384]
-    python benchmarks/quality/structure.py examples/pycode-5m --speed [--format executorch] [--row NAME]...
+    python benchmarks/quality/structure.py examples/pycode-5m --recover 150 [--row NAME]...
 
 Perplexity is of the held-out files (heldout.py), against the float32 model, a mean over windows with its standard
-error; calibrated on modules of the standard library. Nothing is trained. The share is of the layers' parameters
-("body"): embedding and head are not touched. --speed writes the chosen rows at 8 bits and lets the artifacts take turns
-with the unpruned one.
+error; calibrated on modules of the standard library. The share is of the layers' parameters ("body"): embedding and
+head are not touched. --recover adds to each row what so many steps of self-distillation make of it (the pass recover,
+low-rank changes merged). What it gains in speed: benchmarks/structure_speed.py.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median, quantiles
 
 import torch
-from calibrated import Decoder
+from calibrated import Decoder, described, mean
 from heldout import calibration_documents
 from torch import Tensor
 
@@ -31,17 +30,15 @@ from slm_export.compression.geometry import Parts, mlps
 from slm_export.compression.narrowing import Narrowing, Wanted
 from slm_export.compression.workbench import Workbench
 from slm_export.optimizers.drop_layers import DropLayers
-from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.optimizers.prune_kv_groups import PruneKvGroups
 from slm_export.optimizers.prune_neurons import PruneNeurons
-from slm_export.registry import exporter
-from slm_export.runtime import DecoderSession, ExportOptions, Session
+from slm_export.optimizers.recover import Recover
 from slm_export.source.load import load_checkpoint
 from slm_export.tokenization.tokenizer import SourceTokenizer
 
 NEURONS = 5 / 18
 """Of the neurons: in a Llama whose MLP is three quarters of a layer, a fifth of the body."""
-CONTEXT, PROMPT, DECODED = 512, 128, 24
+RECOVERY = {"tokens": 1024, "rank": 16}
 Make = Callable[[Checkpoint, Calibration], Checkpoint]
 
 
@@ -111,6 +108,7 @@ def without_layers(*from_the_end: int) -> Make:
 ROWS: Mapping[str, Make] = {
     "prune-neurons": passes(PruneNeurons(fraction=NEURONS)),
     "prune-neurons, multiples of 32": passes(PruneNeurons(fraction=NEURONS, multiple=32)),
+    "prune-neurons, more": passes(PruneNeurons(fraction=5 / 12, multiple=32)),
     "prune-neurons, uniform": passes(PruneNeurons(fraction=NEURONS, multiple=32, uniform=True)),
     "neurons by chance": ranked(by_chance),
     "neurons by chance, refitted": ranked(by_chance, refit=True),
@@ -137,76 +135,26 @@ def body(checkpoint: Checkpoint) -> int:
     )
 
 
-def quality(source: Checkpoint, rows: Sequence[str], text: Calibration, tokens: int) -> None:
-    """Print a line per row as it is measured."""
+def quality(source: Checkpoint, rows: Sequence[str], text: Calibration, tokens: int, steps: int) -> None:
+    """Print a line per row as it is measured, and one of what ``steps`` of recovery make of it."""
     judge = Decoder(source, SourceTokenizer.load(source.folder), tokens)
     print(f"{source.name}: {judge.what}; ln ratio: increase of the log perplexity")
     for row in rows:
         began = time.monotonic()
         made = ROWS[row](source, text)
-        seconds = time.monotonic() - began
         gone = 1 - body(made) / body(source)
-        print(f"{row:34} body -{gone:5.1%}  {judge.judge(made)}  {seconds:4.0f} s", flush=True)
+        before = judge.measure(made)
+        _print(row, gone, described(*before), began)
+        if steps:
+            began = time.monotonic()
+            result = Recover(steps=steps, **RECOVERY).run(made, Workbench(calibration=text))  # type: ignore[arg-type]
+            after = judge.measure(result.checkpoint)
+            better = f"ln ratio less by {mean(before[1] - after[1])}"  # window by window
+            _print("  recovered", gone, f"{described(*after)}  {better}  {result.notes[0]}", began)
 
 
-def speed(
-    source: Checkpoint,
-    tokenizer: SourceTokenizer,
-    rows: Sequence[str],
-    text: Calibration,
-    asked: argparse.Namespace,
-) -> None:
-    """Write the unpruned model and each row at 8 bits, and measure them in turns."""
-    made = exporter(asked.format)
-    made.ready()
-    options = ExportOptions(
-        context=CONTEXT,
-        stop_ids=tokenizer.stop_ids,
-        bos_id=tokenizer.bos_id,
-        adds_bos=tokenizer.adds_bos,
-        tokenizer=source.folder,
-    )
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = asked.folder or Path(temporary)
-        paths = []
-        for name in ("unpruned", *rows):
-            checkpoint = source if name == "unpruned" else ROWS[name](source, text)
-            path = folder / name.replace(" ", "-") / Path(made.file(source.task)).name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            eight = GroupQuantize(bits=8, embedding_bits=8).run(checkpoint).checkpoint
-            made.write(eight, options, path)
-            paths.append(path)
-        made.set_threads(1)
-        in_turns({path.parent.name: made.open(path, source.task) for path in paths}, asked.runs)
-
-
-def in_turns(sessions: Mapping[str, Session], runs: int) -> None:
-    """Print tokens per second of processor time, and ratios to the first artifact in the same round.
-
-    Processor time, because a machine that is shared with other work still tells it; one thread.
-    """
-    speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in sessions}
-    prompt = [3 + 37 * i % 4000 for i in range(PROMPT)]
-    for number in range(runs + 1):
-        # Forwards and backwards, so that none is always the first after another.
-        for name in list(sessions)[:: -1 if number % 2 else 1]:
-            session = sessions[name]
-            assert isinstance(session, DecoderSession)
-            began = time.process_time()
-            session.logits(prompt, 0)
-            read = time.process_time()
-            for at in range(DECODED):
-                session.logits([prompt[at]], PROMPT + at)
-            done = time.process_time()
-            if number:  # the first round warms up
-                speeds[name].append((PROMPT / (read - began), DECODED / (done - read)))
-    first = next(iter(speeds.values()))
-    for what, index in (("prefill", 0), ("decode", 1)):
-        for name, found in speeds.items():
-            ratios = [after[index] / before[index] for before, after in zip(first, found, strict=True)]
-            low, middle, high = quantiles(ratios, n=4)
-            rate = median(speed[index] for speed in found)
-            print(f"{what:8}{name:36}{rate:8.0f} tokens/s  ratio {middle:.3f} ({low:.3f}..{high:.3f})")
+def _print(row: str, gone: float, judged: str, began: float) -> None:
+    print(f"{row:34} body -{gone:5.1%}  {judged}  {time.monotonic() - began:4.0f} s", flush=True)
 
 
 def main() -> None:
@@ -217,20 +165,14 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--row", action="append", choices=ROWS)
     parser.add_argument("--tokens", type=int, default=16_384)
-    parser.add_argument("--speed", action="store_true")
-    parser.add_argument("--format", default="executorch")
-    parser.add_argument("--folder", type=Path, help="where artifacts are left; default: nowhere")
-    parser.add_argument("--runs", type=int, default=24)
+    parser.add_argument("--recover", type=int, default=0, metavar="STEPS")
     asked = parser.parse_args()
     source, tokenizer = load_checkpoint(asked.model), SourceTokenizer.load(asked.model)
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "calibration.txt"
         file.write_text("\n\f\n".join(calibration_documents()), encoding="utf-8")
         text = read_calibration(file, tokenizer, source.task, source.positions)
-    if asked.speed:
-        speed(source, tokenizer, asked.row or ["prune-neurons", "drop-layers"], text, asked)
-    else:
-        quality(source, asked.row or list(ROWS), text, asked.tokens)
+    quality(source, asked.row or list(ROWS), text, asked.tokens, asked.recover)
 
 
 if __name__ == "__main__":
