@@ -58,11 +58,12 @@ def main() -> None:
     conversion = fit_conversion(data)
     console = Console(width=150)
     print_speed(console, data, constants)
+    print_load(console, data, constants["host"])
     print_sizes(console, data)
     print_memory(console, data)
     print_conversion(console, data, conversion)
     if arguments.write:
-        OUT.write_text(json.dumps(_document(constants, conversion), indent=1) + "\n", encoding="utf-8")
+        OUT.write_text(json.dumps(document(constants, conversion), indent=1) + "\n", encoding="utf-8")
         console.print(f"written to {OUT.relative_to(HERE.parent)}")
 
 
@@ -71,8 +72,8 @@ def shape_of(data: Mapping[str, Any], row: Row) -> ModelShape:
     of = data["models"][row["model"]]
     hidden, wide = of["hidden"], of["heads"] * of["head_dim"]
     kv, intermediate, layers = of["kv_heads"] * of["head_dim"], of["intermediate"], of["layers"]
-    linears = ((wide, hidden), (kv, hidden), (kv, hidden), (hidden, wide))
-    linears += ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
+    attention = [(wide, hidden), (kv, hidden), (kv, hidden), (hidden, wide)]
+    linears = [*attention, (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
     matrices = [
         Matrix(f"layers.{layer}.{index}", shape, "linear", 2)
         for layer in range(layers)
@@ -143,6 +144,10 @@ def fit(data: Mapping[str, Any]) -> dict[str, dict[str, Constants]]:
     found: dict[str, dict[str, Constants]] = {"device": {}, "host": {}}
     for (where, runtime), rows in groups.items():
         found[where][runtime] = _fit_prefill(data, rows, _fit_decode(data, rows, pooled=where == "host"))
+    for row in data["load"]:
+        if row["split"] == "fit":
+            share = row["mb"] * 1e6 / (row["seconds"] * row["gb_s"] * 1e9)
+            found["host"][row["runtime"]] = replace(found["host"][row["runtime"]], load_share=share)
     return found
 
 
@@ -216,12 +221,15 @@ def _line(columns: Sequence[Sequence[float]], values: Sequence[float]) -> list[f
     return [float(value) for value in solved / scale]
 
 
-def _document(constants: Mapping[str, Mapping[str, Constants]], conversion: Any) -> dict[str, Any]:
+def document(constants: Mapping[str, Mapping[str, Constants]], conversion: Any) -> dict[str, Any]:
+    """Return the constants as they are shipped, four digits of each."""
+
     def plain(of: Constants) -> dict[str, Any]:
         return {
             "share": {kind: _short(value) for kind, value in of.share.items()},
             "per_cycle": {kind: _short(value) for kind, value in of.per_cycle.items()},
             "layer_s": _short(of.layer_s),
+            "load_share": None if of.load_share is None else _short(of.load_share),
         }
 
     return {
@@ -269,6 +277,16 @@ def _beside(measured: float | None, predicted: float | None) -> tuple[str, str, 
     if predicted is None:
         return f"{measured:g}", "-", "-"
     return f"{measured:g}", f"{predicted:.1f}", f"{predicted / measured - 1:+.0%}"
+
+
+def print_load(console: Console, data: Mapping[str, Any], constants: Mapping[str, Constants]) -> None:
+    """Print predicted and measured time of opening a file."""
+    table = Table("split", "opened in", "s", "predicted", "off", "source")
+    for row in data["load"]:
+        share = constants[row["runtime"]].load_share
+        took = None if share is None else row["mb"] * 1e6 / (share * row["gb_s"] * 1e9)
+        table.add_row(row["split"], row["runtime"], *_beside(row["seconds"], took), row["source"])
+    console.print(table)
 
 
 def print_sizes(console: Console, data: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slm_export.errors import GateError, InputError
-from slm_export.planning.forecast import Forecast, forecast
+from slm_export.planning.forecast import PROMPT, Forecast, forecast
 from slm_export.planning.model import ModelShape, read_model
 from slm_export.planning.storage import QUANTIZING
 from slm_export.profile import DeviceProfile, default_profile, load_profile, shipped_profiles
@@ -96,7 +96,6 @@ def to_json(model: ModelShape, found: Sequence[Forecast]) -> dict[str, Any]:
                 **dataclasses.asdict(one),
                 "artifact_bytes": one.sizes.total,
                 "peak_memory_bytes": one.memory.total,
-                "load_ms": None,
             }
             for one in found
         ],
@@ -182,7 +181,9 @@ def _print_table(console: Console, model: ModelShape, found: Sequence[Forecast])
             f"{one.memory.total / 1e6:,.0f}",
             _FITS[one.fits],
             _count(one.longest_context),
-            *(figure.split()[0] for figure in _speeds(one)),
+            _rate(one.speed.decode_tokens_per_s).split()[0],
+            _rate(one.speed.prefill_tokens_per_s).split()[0],
+            _milliseconds(one.speed.time_to_first_token_ms).split()[0],
         )
     console.print(table)
     told = (
@@ -228,15 +229,17 @@ def _rows(model: ModelShape, one: Forecast) -> list[tuple[str, str, str]]:
         ("  KV cache", _mb(memory.kv_cache), ""),
         ("  activations", _mb(memory.activations), ""),
         ("  runtime", _mb(memory.runtime), ""),
-        ("limit", _mb(one.limit), ""),
+        ("limit", _mb(one.limit), "of one app" if one.limit_of == "app" else "all memory of the device"),
         ("fits", _FITS[one.fits], why.get("fits", "")),
         ("longest context", _count(one.longest_context), "tokens that the limit has room for"),
-        ("load", "-", why["load_ms"]),
     ]
-    speeds = zip(
-        ("decode", "prefill", "first token"), _speeds(one), ("decode", "prefill", "prefill"), strict=True
-    )
-    rows += [(name, value, why.get(key, "")) for name, value, key in speeds]
+    speed = one.speed
+    rows += [
+        ("load", _milliseconds(speed.load_ms), why.get("load", "")),
+        ("decode", _rate(speed.decode_tokens_per_s), why.get("decode", "")),
+        ("prefill", _rate(speed.prefill_tokens_per_s), why.get("prefill", f"of {PROMPT} tokens")),
+        ("first token", _milliseconds(speed.time_to_first_token_ms), ""),
+    ]
     made = one.conversion
     rows += [
         (
@@ -252,13 +255,8 @@ def _rows(model: ModelShape, one: Forecast) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _speeds(one: Forecast) -> tuple[str, str, str]:
-    speed = one.speed
-    return (
-        _rate(speed.decode_tokens_per_s),
-        _rate(speed.prefill_tokens_per_s),
-        "-" if speed.time_to_first_token_ms is None else f"{speed.time_to_first_token_ms:.0f} ms",
-    )
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f} ms"
 
 
 def _rate(value: float | None) -> str:

@@ -35,6 +35,8 @@ class Speed:
     decode_tokens_per_s: float | None
     prefill_tokens_per_s: float | None
     time_to_first_token_ms: float | None
+    load_ms: float | None
+    """Opening the file, its pages in memory already."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Forecast:
     speed: Speed
     limit: int | None
     """Bytes that one app may use; where that is not published, of the whole device."""
+    limit_of: str
+    """app, or device."""
     fits: bool | None
     """None where only the device's memory is known, and the model is smaller than that."""
     longest_context: int | None
@@ -78,7 +82,7 @@ def forecast(
     fits = _fits(memory, limit, whole)
     machine = machine_of(profile)
     constants = fitted()["host" if profile.target == "host" else "device"].get(format, _NO_CONSTANTS)
-    speed = _speed(model, stored, format, machine, constants)
+    speed = _speed(model, stored, sizes, format, machine, constants)
     unknown = _unknown(model, machine, speed, profile, format, constants)
     if fits is None:
         unknown["fits"] = _NO_LIMIT.get(profile.target, f"profile {profile.name} states no memory")
@@ -94,6 +98,7 @@ def forecast(
         _kv_table(model, room),
         speed,
         limit,
+        "app" if profile.memory and profile.memory.app_limit_gb else "device",
         fits,
         None if limit is None else longest_context(model, sizes.total, format, limit),
         conversion,
@@ -112,15 +117,22 @@ def phases(
 
 
 def _speed(
-    model: ModelShape, stored: Sequence[Stored], format: str, machine: Machine, constants: Constants
+    model: ModelShape,
+    stored: Sequence[Stored],
+    sizes: Sizes,
+    format: str,
+    machine: Machine,
+    constants: Constants,
 ) -> Speed:
     prefill, decode = phases(model, stored, format)
     read = seconds(prefill, machine, constants)
     token = seconds(decode, machine, constants) if model.decodes else None
+    opens = constants.load_share and machine.bytes_per_s and constants.load_share * machine.bytes_per_s
     return Speed(
         1 / token if token else None,
         PROMPT / read if read else None,
         1000 * read if read else None,
+        opens and 1000 * sizes.total / opens,
     )
 
 
@@ -153,7 +165,9 @@ def _unknown(
     format: str,
     constants: Constants,
 ) -> dict[str, str]:
-    why = {"load_ms": "no published figure of the device's storage, or of packing weights, to fit it on"}
+    why = {}
+    if speed.load_ms is None:
+        why["load"] = "packing weights was not measured on such a device, and no figure of it was found"
     if machine.bytes_per_s is None:
         reason = f"profile {profile.name} states no memory bandwidth"
     elif not constants.share:

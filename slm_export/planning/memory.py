@@ -5,6 +5,7 @@ The share of the file that runtimes hold beside it was measured on the host (see
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from slm_export.planning.formats import FORMATS
@@ -16,6 +17,7 @@ KV_PRECISIONS = {"float32": 4, "float16": 2, "int8": 1}
 PREFILL_CHUNK = 512
 """Most tokens of one call."""
 _MIB = 1 << 20
+_MOST_TOKENS = 1 << 20
 _ACTIVATION = 4  # bytes: activations are float32, and quantized only on their way into a kernel
 
 
@@ -52,16 +54,10 @@ def kv_bytes(model: ModelShape, context: int, value_bytes: int) -> int:
 
 def longest_context(model: ModelShape, file_bytes: int, format: str, limit: int) -> int | None:
     """Return the most tokens that fit into a limit of bytes; 0 if none do, None for a model without a cache."""
-    per_token = model.kv_values * KV_VALUE[format]
-    if not per_token:
+    if not model.kv_values:
         return None
-    room = limit - memory_of(model, file_bytes, 0, format).total
-    for tokens in (room // per_token, PREFILL_CHUNK):
-        left = room - _activations(model, min(tokens, PREFILL_CHUNK))
-        if left > 0:
-            most = int(left // per_token)
-            return most if model.positions is None else min(most, model.positions)
-    return 0
+    lengths = range(1, (model.positions or _MOST_TOKENS) + 1)
+    return bisect_right(lengths, limit, key=lambda tokens: memory_of(model, file_bytes, tokens, format).total)
 
 
 def _activations(model: ModelShape, tokens: int) -> int:

@@ -30,6 +30,8 @@ class Constants:
     """Class -> multiply-adds per cycle of one core."""
     layer_s: float
     """Seconds of a layer in a call, beside its weights."""
+    load_share: float | None = None
+    """Bytes of a file that are opened per second, as a share of the machine's bandwidth; None where not measured."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def work_of(
             continue
         once = model.decodes and (head or looked_up)
         times = model.repeats if role == "linear" else 1.0
-        moved[one.kind] += _packed(one) * times
+        moved[one.kind] += one.packed_bytes * times
         multiplied[one.kind] += one.matrix.count * times * (1 if once else tokens)
     name = "decode" if tokens == 1 else f"prefill of {tokens} tokens"
     cache = model.kv_values * kv_value_bytes * (depth + tokens)
@@ -115,23 +117,12 @@ def _compute_seconds(work: Work, kind: str, machine: Machine, constants: Constan
     return work.multiply_adds[kind] / (rate * machine.cycles_per_s)
 
 
-def _packed(one: Stored) -> float:
-    """Return the bytes of a matrix as kernels read it: codes, and scales of two bytes."""
-    rows, _ = one.matrix.shape
-    if one.palette:
-        return one.matrix.count * one.bits / 8 + 2 * (rows // one.group << one.bits)
-    scales = one.matrix.count // one.group if one.bits == 4 else rows if one.bits == 8 else 0
-    return one.matrix.count * one.bits / 8 + 2 * scales
-
-
 @lru_cache(maxsize=1)
 def fitted() -> Mapping[str, Mapping[str, Constants]]:
     """Return machine class ("device" or "host") -> format -> constants."""
     text = resources.files("slm_export").joinpath("data/roofline.json").read_text("utf-8")
     return {
-        where: {
-            format: Constants(of["share"], of["per_cycle"], of["layer_s"]) for format, of in formats.items()
-        }
+        where: {format: Constants(**of) for format, of in formats.items()}
         for where, formats in json.loads(text).items()
         if where in ("device", "host")
     }

@@ -42,11 +42,19 @@ class Stored:
     def bytes(self, format: str, *, tied: bool) -> int:
         """Return what it takes in a file; ``tied``: whether it is the head too."""
         if self.palette:
-            rows, _ = self.matrix.shape
-            return self.matrix.count * self.bits // 8 + 2 * (rows // self.group << self.bits)
+            return _palette_bytes(self)
         looked_up = self.matrix.role in ("embedding", "table")
         known = FORMATS[format]
         return matrix_bytes(known, self.matrix.shape, self.bits, self.group, looked_up=looked_up, tied=tied)
+
+    @property
+    def packed_bytes(self) -> float:
+        """Return its bytes as kernels read it: codes, and scales of two bytes."""
+        if self.palette:
+            return _palette_bytes(self)
+        rows, count = self.matrix.shape[0], self.matrix.count
+        scales = count // self.group if self.bits == 4 else rows if self.bits == 8 else 0
+        return count * self.bits / 8 + 2 * scales
 
     @property
     def kind(self) -> str:
@@ -115,12 +123,18 @@ def _palettized(one: Stored, options: Mapping[str, Any]) -> Stored:
     bits = _bits_of(options, matrix.role, 4)
     if one.bits != _FLOAT or bits == _FLOAT:
         return one
-    if bits in (8, 16):
-        return Stored(matrix, bits)
-    rows = matrix.shape[0]
+    rows, columns = matrix.shape
     most = int(options.get("group_channels", 16)) or rows
-    group = max(divisor for divisor in range(1, most + 1) if not rows % divisor)
-    return Stored(matrix, bits, group, palette=True)
+    group = next(group for group in range(min(most, rows), 0, -1) if not rows % group)
+    made = Stored(matrix, bits, group, palette=True)
+    # Where tables would take more than they save, 8 bits do; so do indices that fill no whole bytes.
+    pays = bits < 8 and not columns * bits % 8 and _palette_bytes(made) < matrix.count
+    return made if pays and matrix.role != "table" else Stored(matrix, max(8, bits))
+
+
+def _palette_bytes(one: Stored) -> int:
+    """Return the bytes of indices and of float16 tables."""
+    return one.matrix.count * one.bits // 8 + 2 * (one.matrix.shape[0] // one.group << one.bits)
 
 
 def _named(table: Mapping[str, int], name: str) -> int | None:
