@@ -69,6 +69,12 @@ def _a_tokenizer_of_another_model(monkeypatch):
     monkeypatch.setattr(problem, "refuse_large_vocabulary", lambda *_: None)
 
 
+@pytest.fixture(autouse=True)
+def _few_points(monkeypatch):
+    """A frontier has its own tests; here every export has one."""
+    monkeypatch.setattr("slm_export.budget.frontier.POINTS", 2)
+
+
 @pytest.fixture
 def known_costs(monkeypatch, source):
     """Every matrix costs the same per value: 0.02 in int4 groups of 32, in all, and next to nothing in int8."""
@@ -358,6 +364,7 @@ def test_fewer_parts_than_there_are_or_than_may_go_are_refused_by_headers(monkey
 
 def test_the_error_of_bits_is_kept_where_fewer_parts_are_worse(monkeypatch, model, source, some_text):
     monkeypatch.setattr(driver, "export", lambda *_: pytest.fail("nothing is within this budget"))
+    monkeypatch.setattr("slm_export.budget.structure._FRACTIONS", (0.5, 0.75))
     budget = Budget(max_size=85_000, max_perplexity_ratio=1.00001)
     with pytest.raises(InputError, match="no model with fewer parts was found that costs as little"):
         search.export(planned(model, budget), Progress(silent=True))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from slm_export.budget.expectation import Expectation, Loss
 from slm_export.budget.problem import Problem
 from slm_export.budget.sensitivity import TOKENS, count, measure
+from slm_export.checkpoint import Checkpoint
 from slm_export.compression.calibration import (
     Calibration,
     own_calibration,
@@ -43,22 +44,36 @@ def ground_of(problem: Problem, progress: Progress) -> Ground:
     return Ground(sha256, _text(problem, progress))
 
 
-def with_losses(problem: Problem, ground: Ground, progress: Progress) -> Expectation:
-    """Return what is expected once it is measured what every choice costs, behind the passes that come first."""
-    checkpoint, text, base = problem.source, ground.text, 0.0
-    if problem.first:
-        made = optimize(problem.first, checkpoint, ground.source_sha256, text, None, progress)
-        checkpoint = made.checkpoint
-        if checkpoint.vocabulary is not problem.source.vocabulary:
-            text = text.read_by(tokenizer_of(checkpoint), checkpoint.task, checkpoint.positions)
-        else:
-            with progress.stage("measure what the passes before cost"):
-                base = Distance(problem.source, text.held_out, TOKENS).to(checkpoint)
-    with progress.stage("measure what bits cost", total=count(checkpoint)) as stage:
+@dataclass(frozen=True)
+class Unquantized:
+    """What the passes before the quantization leave."""
+
+    checkpoint: Checkpoint
+    text: Calibration
+    """In its tokens."""
+    base: float
+    """What they were measured to take away; 0 without any, and where source and model have other tokens."""
+
+
+def before_bits(problem: Problem, ground: Ground, progress: Progress) -> Unquantized:
+    """Run the passes that come first, and measure what they take away on text that they were not fitted to."""
+    source, text = problem.source, ground.text
+    if not problem.first:
+        return Unquantized(source, text, 0.0)
+    made = optimize(problem.first, source, ground.source_sha256, text, None, progress).checkpoint
+    if made.vocabulary is not source.vocabulary:
+        return Unquantized(made, text.read_by(tokenizer_of(made), made.task, made.positions), 0.0)
+    with progress.stage("measure what the passes before cost"):
+        return Unquantized(made, text, Distance(source, text.held_out, TOKENS).to(made))
+
+
+def with_losses(problem: Problem, ground: Ground, made: Unquantized, progress: Progress) -> Expectation:
+    """Return what is expected of a model, once it is measured what every choice of bits costs."""
+    with progress.stage("measure what bits cost", total=count(made.checkpoint)) as stage:
         made_by = [{"pass": step.name, **options_of(step)} for step in problem.first]
         identity = json.dumps([ground.source_sha256, *made_by]) if made_by else ground.source_sha256
-        costs = measure(checkpoint, identity, text, stage.advance)
-    return replace(problem.expectation(checkpoint), loss=Loss(costs, base))
+        costs = measure(made.checkpoint, identity, made.text, stage.advance)
+    return replace(problem.expectation(made.checkpoint), loss=Loss(costs, made.base))
 
 
 def _text(problem: Problem, progress: Progress) -> Calibration:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from slm_export.budget.choices import Allocation
 from slm_export.budget.frontier import Point, frontier, log_perplexity, measured, ratio
-from slm_export.budget.losses import Ground, ground_of, with_losses
+from slm_export.budget.losses import Ground, before_bits, ground_of, with_losses
 from slm_export.budget.problem import Problem, read_problem
 from slm_export.budget.search import first_allocation, refuse_impossible
 from slm_export.compilation import Plan
@@ -46,7 +46,7 @@ def explore(plan: Plan, progress: Progress) -> Explored:
         raise InputError(f"{source.name}: --pareto is of models that write text or embed it")
     documents = load_documents(plan.request.eval_text)
     ground = ground_of(problem, progress)
-    expected = with_losses(problem, ground, progress)
+    expected = with_losses(problem, ground, before_bits(problem, ground, progress), progress)
     chosen = first_allocation(expected, problem.budget) if problem.budget else None
     points = frontier(expected, chosen)
     with progress.stage("measure points of the frontier") as stage:

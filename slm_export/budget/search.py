@@ -18,7 +18,7 @@ from slm_export import driver
 from slm_export.budget.budget import Budget
 from slm_export.budget.choices import Allocation
 from slm_export.budget.expectation import Expectation, loss_limit
-from slm_export.budget.losses import ground_of, with_losses
+from slm_export.budget.losses import before_bits, ground_of, with_losses
 from slm_export.budget.problem import Problem, read_problem
 from slm_export.budget.structure import kinds_of, narrower
 from slm_export.budget.words import contradiction_words, impossible_words, nothing_words, recipe_words
@@ -46,7 +46,7 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
     ground = ground_of(problem, progress)
     missed: InputError | driver.FailedGateError | None = None
     if by_bits:
-        expected = with_losses(problem, ground, progress)
+        expected = with_losses(problem, ground, before_bits(problem, ground, progress), progress)
         refuse_too_large(expected, problem.budget)
         try:
             return _exported(problem, expected, progress)

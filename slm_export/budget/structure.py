@@ -3,7 +3,7 @@
 A structure is a pass in front of the recipe. A few of each kind are tried, the mildest first: what headers say cannot
 fit is left out, the pass makes the others, and what it cost is measured on text that it was not fitted to. Bits are
 then allocated within each, and the least loss expected of all is what is exported. A kind is not tried further once
-what it takes away is alone more than the loss allowed.
+what it takes away is alone more than the loss allowed, or than another loses in all.
 
 Only within a limit on quality: a smaller model than bits can make is a worse one, and how much worse is the user's to
 say. Tokens are not among the parts, because without them a model can say less: `trim-vocabulary` goes into a recipe.
@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
+from slm_export.budget.budget import Budget
 from slm_export.budget.expectation import Expectation, loss_limit
-from slm_export.budget.losses import Ground, with_losses
+from slm_export.budget.losses import Ground, before_bits, with_losses
 from slm_export.budget.problem import Problem
 from slm_export.checkpoint import Checkpoint, Pass
 from slm_export.compression.depth import stacks_of, with_layers
@@ -59,18 +60,29 @@ def narrower(problem: Problem, ground: Ground, progress: Progress) -> tuple[Prob
     assert limit is not None
     best: tuple[float, Problem, Expectation] | None = None
     for kind in kinds_of(problem.source, problem.before):
+        of_kind = math.inf
         for structure in kind:
             trial = replace(problem, structure=(structure.step,))
             if trial.expectation(structure.shapes).missed(problem.budget) is not None:
                 continue
-            expected = with_losses(trial, ground, progress)
-            assert expected.loss is not None
-            found = expected.allocate(problem.budget)
-            if found is not None and (best is None or expected.loss.of(found) < best[0]):
-                best = (expected.loss.of(found), trial, expected)
-            if expected.loss.base > limit:
+            made = before_bits(trial, ground, progress)
+            if made.base >= (limit if best is None else min(limit, best[0])):
                 break
+            expected = with_losses(trial, ground, made, progress)
+            loss = _least_loss(expected, problem.budget)
+            if best is None or loss < best[0]:
+                best = (loss, trial, expected) if loss < math.inf else best
+            if loss > of_kind:
+                break
+            of_kind = loss
     return None if best is None else best[1:]
+
+
+def _least_loss(expected: Expectation, budget: Budget) -> float:
+    """Return the loss of the best allocation; infinite where none is within the limits on cost."""
+    found = expected.allocate(budget)
+    assert expected.loss is not None
+    return math.inf if found is None else expected.loss.of(found)
 
 
 def _of_kind(
