@@ -19,6 +19,7 @@ from slm_export.gates import Gates
 from slm_export.judge import Judgement, Subject, judge_artifact
 from slm_export.optimize import calibration_for, optimize
 from slm_export.parity import Trace, compare, judge_pairs
+from slm_export.planning import compiled
 from slm_export.progress import Progress
 from slm_export.recipe import lowest_bits
 from slm_export.reports.asked import asked
@@ -232,7 +233,16 @@ def _judge(
         with progress.stage(f"see what accelerates {artifact.format}"):
             delegation = subject.exporter.delegation(artifact.path)
         checks += judge_acceleration(delegation, subject.gates)
-    return FormatResult(artifact, judged.quality, checks, latency, delegation), judged
+    made = FormatResult(
+        artifact,
+        judged.quality,
+        checks,
+        latency,
+        delegation,
+        prediction=compiled.here(references.quantized, artifact.format, latency),
+        on_device=compiled.there(references.quantized, artifact.format, plan.profile),
+    )
+    return made, judged
 
 
 def size_check(artifact: Artifact, gates: Gates) -> tuple[Check, ...]:

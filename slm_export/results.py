@@ -244,12 +244,19 @@ class FormatResult:
     latency: Latency | None
     delegation: Delegation | None = None
     prediction: Prediction | None = None
-    """None where no model of the machine was asked."""
+    """For the machine that measured; None where its model does not know enough."""
+    on_device: Prediction | None = None
+    """For the device that it was made for, where it was not measured."""
 
     @property
     def passed(self) -> bool:
         """Whether every check passed."""
         return all(check.passed for check in self.checks)
+
+    @property
+    def predictions(self) -> tuple[Prediction, ...]:
+        """What was predicted, machine by machine."""
+        return tuple(one for one in (self.prediction, self.on_device) if one is not None)
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def read_model(folder: Path) -> ModelShape:
     )
     kept = tuple(m for m in matrices if not (tied and m.role == "head"))
     linears = [m for m in kept if m.role == "linear"]
-    layers = int(_first(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or 0)
+    layers, hidden = dimensions(text)
     return ModelShape(
         folder=folder,
         name=folder.resolve().name,
@@ -140,8 +140,8 @@ def read_model(folder: Path) -> ModelShape:
         others_bytes=sum(prod(s) * _BYTES[d] for s, d in tensors.values() if len(s) not in (1, 2)),
         tied=tied,
         layers=layers,
-        kv_values=_kv_values(text, layers) if decodes else 0,
-        hidden=int(_first(text, "hidden_size", "n_embd", "dim", "emb_dim") or 0),
+        kv_values=kv_values(text, layers) if decodes else 0,
+        hidden=hidden,
         widest=max((max(m.shape) for m in linears), default=0),
         positions=_first(text, "max_position_embeddings", "n_positions"),
     )
@@ -165,9 +165,16 @@ def _first(config: Mapping[str, Any], *names: str) -> int | None:
     return None if found is None else int(found)
 
 
-def _kv_values(config: Mapping[str, Any], layers: int) -> int:
+def dimensions(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return layers and width of a configuration; 0 for what it does not say."""
+    layers = _first(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or 0
+    return layers, _first(config, "hidden_size", "n_embd", "dim", "emb_dim") or 0
+
+
+def kv_values(config: Mapping[str, Any], layers: int) -> int:
+    """Return the values that a token puts into the KV cache of all layers."""
     heads = _first(config, "num_attention_heads", "n_head", "n_heads") or 0
-    hidden = _first(config, "hidden_size", "n_embd") or 0
+    _, hidden = dimensions(config)
     width = _first(config, "head_dim") or (hidden // heads if heads else 0)
     return 2 * layers * width * (_first(config, "num_key_value_heads") or heads)
 

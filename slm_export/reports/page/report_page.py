@@ -52,7 +52,7 @@ def report_page(report: Report) -> str:
 
 def _contents(report: Report) -> list[tuple[str, str]]:
     """Return (id, title) of every section that is there."""
-    speed = any(result.latency or result.prediction for result in report.formats)
+    speed = any(result.latency or result.predictions for result in report.formats)
     there = (
         ("asked", "Asked", True),
         ("size", "Size", True),
@@ -72,9 +72,7 @@ def _rooflines(report: Report) -> list[tuple[plots.Plot, Prediction]]:
     """Return a roofline, and its machine, for every machine that something was predicted for."""
     machines: dict[str, list[tuple[str, Prediction]]] = {}
     for result in report.formats:
-        if result.prediction is not None:
-            machines.setdefault(result.prediction.where, []).append(
-                (result.artifact.format, result.prediction)
-            )
+        for prediction in result.predictions:
+            machines.setdefault(prediction.where, []).append((result.artifact.format, prediction))
     drawn = [(plots.roofline(group), group[0][1]) for group in machines.values()]
     return [(plot, machine) for plot, machine in drawn if plot is not None]

@@ -232,14 +232,15 @@ def predicted_rows(report: Report) -> list[tuple[str, str, str, str]]:
     """Return phase, predicted and measured time, and their ratio, for every prediction there is."""
     rows = []
     for result in report.formats:
-        for phase in result.prediction.phases if result.prediction else ():
+        for prediction, phase in ((one, phase) for one in result.predictions for phase in one.phases):
             measured, ratio = "not measured", ""
             if phase.measured_s is not None:
                 measured, ratio = (
                     _milliseconds(phase.measured_s),
                     f"{phase.measured_s / phase.predicted_s:.2f}",
                 )
-            name = f"{result.artifact.format}, {phase.name}"
+            where = f" on {prediction.where}" if len(result.predictions) > 1 else ""
+            name = f"{result.artifact.format}{where}, {phase.name}"
             rows.append((name, _milliseconds(phase.predicted_s), measured, ratio))
     return rows
 
