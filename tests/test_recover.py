@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import small_models
 import torch
 import transformers
+from checkpoints import normal
 from small_models import divergence, random_text, saved
 
 from slm_export.bundles.finished import Finished
 from slm_export.checkpoint import Checkpoint, Vocabulary
+from slm_export.compression.adapter import Adapter
 from slm_export.compression.calibration import Calibration
 from slm_export.compression.distillation import Teacher
 from slm_export.compression.workbench import Workbench
@@ -21,7 +24,7 @@ from slm_export.optimizers import recover
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.optimizers.recover import Recover
 from slm_export.recipe import unaccounted
-from slm_export.weights import CODE_RANGE, Quantized, grid_scale
+from slm_export.weights import CODE_RANGE, Dense, Quantized, grid_scale
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,66 @@ def test_what_learning_makes_worse_is_not_kept(rounded, text):
         assert torch.equal(weight.float32(), made.weights[name].float32()), name
 
 
+def damaged(source: Checkpoint, rank: int) -> Checkpoint:
+    """Return a model whose linear layers lack what an adapter of a rank can give back; 0: rows of another size."""
+    made = {}
+    for index, (name, weight) in enumerate(source.weights.items()):
+        if source.roles[name] == "linear":
+            (out, columns), values = weight.shape, weight.float32()
+            if rank:
+                wrong = normal(out, rank, seed=index) @ normal(rank, columns, seed=index + 1)
+                values = values + 0.5 * values.norm() / wrong.norm() * wrong
+            else:
+                values = values * (1 + 0.2 * normal(out, 1, seed=index))
+            made[name] = Dense(weight.shape, torch.float32, partial(torch.clone, values))
+    return source.with_weights(made)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_matrices_of_floats_are_won_back_without_a_trace(llama, text, rank):
+    """Shapes, types and sizes are as before."""
+    before = damaged(llama, rank)
+    result = Recover(rank=rank, rank_rate=0.02, rate=0.02, **SHORT).run(before, Workbench(calibration=text))
+    assert divergence(llama, result.checkpoint, text) < 0.5 * divergence(llama, before, text)
+    assert unaccounted(before, result.checkpoint, result.skipped) == []
+    changed = {name for name in before.weights if name not in result.skipped}
+    assert changed == {name for name, role in before.roles.items() if role in ("linear", "other")}
+    for name, weight in before.weights.items():
+        made = result.checkpoint.weights[name]
+        assert isinstance(made, Dense)
+        assert (made.shape, made.dtype) == (weight.shape, weight.dtype), name
+
+
+def test_a_change_that_cannot_be_merged_is_refused(rounded, text):
+    with pytest.raises(InputError, match=r"all linear layers are quantized; let this pass come before"):
+        Recover(rank=4).run(rounded, Workbench(calibration=text))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_is_the_matrix_that_is_kept(dtype):
+    values = normal(8, 64).to(dtype)
+    adapter = Adapter(Dense((8, 64), dtype, lambda: values), 2)
+    assert torch.equal(adapter.matrix(), values.float()), "it begins elsewhere"
+    with torch.no_grad():
+        adapter.up += normal(8, 2, seed=1)
+        adapter.factors += 0.1 * normal(8, 1, seed=2)
+    merged = adapter.weight()
+    assert merged.dtype == dtype
+    assert torch.equal(adapter.matrix(), merged.float32())
+    expected = adapter.factors * (values.float() + adapter.up @ adapter.down)
+    # Half a step: a bfloat16 has 8 significant bits; float32 and its sums some 22 at least.
+    share = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-22
+    assert torch.all((merged.float32() - expected).abs() <= share * expected.abs() + 1e-6)
+    weights = normal(8, 64, seed=3)
+    (adapter.matrix() * weights).sum().backward()
+    with torch.no_grad():
+        exact = values.float() + adapter.up @ adapter.down
+        assert torch.allclose(adapter.factors.grad, (weights * exact).sum(1, keepdim=True), atol=1e-5)
+        scaled = adapter.factors * weights
+        assert torch.allclose(adapter.up.grad, scaled @ adapter.down.t(), atol=1e-5)
+        assert torch.allclose(adapter.down.grad, adapter.up.t() @ scaled, atol=1e-5)
+
+
 def test_an_encoder_learns_the_direction_of_its_embedding(tmp_path, text):
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
@@ -110,7 +173,16 @@ def test_a_smaller_vocabulary_learns_of_its_own_tokens(llama):
     assert torch.equal(Teacher(llama, trimmed)(ids), expected)
 
 
-@pytest.mark.parametrize("options", [{"steps": 0}, {"rate": -1.0}, {"rate": 0.0, "code_rate": 0.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 0},
+        {"rate": -1.0},
+        {"rate": 0.0, "code_rate": 0.0},
+        {"rank": -1},
+        {"rank": 4, "rank_rate": 0.0},
+    ],
+)
 def test_options_that_mean_nothing_are_refused(options):
     with pytest.raises(InputError, match=r"^recover: "):
         Recover(**options)
