@@ -33,6 +33,7 @@ from slm_export.optimizers.drop_layers import DropLayers
 from slm_export.optimizers.prune_kv_groups import PruneKvGroups
 from slm_export.optimizers.prune_neurons import PruneNeurons
 from slm_export.optimizers.recover import Recover
+from slm_export.optimizers.sparsify import Sparsify
 from slm_export.source.load import load_checkpoint
 from slm_export.tokenization.tokenizer import SourceTokenizer
 
@@ -42,7 +43,7 @@ RECOVERY = {"tokens": 1024, "rank": 16}
 Make = Callable[[Checkpoint, Calibration], Checkpoint]
 
 
-def passes(*steps: DropLayers | PruneNeurons | PruneKvGroups) -> Make:
+def passes(*steps: DropLayers | PruneNeurons | PruneKvGroups | Sparsify) -> Make:
     """Return what runs passes one after the other."""
 
     def make(source: Checkpoint, text: Calibration) -> Checkpoint:
@@ -123,13 +124,18 @@ ROWS: Mapping[str, Make] = {
         PruneNeurons(fraction=2 / 9), PruneKvGroups(fraction=1 / 6, uniform=False)
     ),
     "drop-layers and prune-neurons": passes(DropLayers(count=1), PruneNeurons(fraction=0.4)),
+    "sparsify": passes(Sparsify()),
+    "sparsify, 2:4": passes(Sparsify(block=4)),
+    "sparsify, 2:4, wanda": passes(Sparsify(block=4, method="wanda")),
+    "sparsify, 2:4, magnitude": passes(Sparsify(block=4, method="magnitude")),
+    "sparsify, 3:4": passes(Sparsify(0.75, block=4)),
 }
 
 
 def body(checkpoint: Checkpoint) -> int:
-    """Return the number of parameters of the layers."""
+    """Return the number of parameters of the layers that are not 0."""
     return sum(
-        weight.count
+        int(weight.float32().count_nonzero())
         for name, weight in checkpoint.weights.items()
         if checkpoint.roles[name] not in ("embedding", "head", "table")
     )
