@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from scipy.optimize import least_squares
@@ -250,7 +251,7 @@ def print_speed(
 ) -> None:
     """Print every row, and the share of rows within a fifth of what was published."""
     heads = ("split", "runtime", "device", "model", "bits", "decode", "predicted", "off")
-    table = Table(*heads, "prefill", "predicted", "off")
+    table = Table(*heads, "prefill", "predicted", "off", box=MARKDOWN)
     within: dict[tuple[str, str], list[bool]] = {}
     for row in data["speed"]:
         where = data["devices"][row["device"]]["where"]
@@ -281,7 +282,7 @@ def _beside(measured: float | None, predicted: float | None) -> tuple[str, str, 
 
 def print_load(console: Console, data: Mapping[str, Any], constants: Mapping[str, Constants]) -> None:
     """Print predicted and measured time of opening a file."""
-    table = Table("split", "opened in", "s", "predicted", "off", "source")
+    table = Table("split", "opened in", "s", "predicted", "off", "source", box=MARKDOWN)
     for row in data["load"]:
         share = constants[row["runtime"]].load_share
         took = None if share is None else row["mb"] * 1e6 / (share * row["gb_s"] * 1e9)
@@ -291,7 +292,7 @@ def print_load(console: Console, data: Mapping[str, Any], constants: Mapping[str
 
 def print_sizes(console: Console, data: Mapping[str, Any]) -> None:
     """Print predicted and real bytes of files."""
-    table = Table("file", "bits", "MB", "predicted", "off")
+    table = Table("file", "bits", "MB", "predicted", "off", box=MARKDOWN)
     for row in data["size"]:
         predicted = size_of(data, row)
         bits = "/".join(map(str, row["bits"]))
@@ -319,7 +320,7 @@ def size_of(data: Mapping[str, Any], row: Row) -> int:
 
 def print_memory(console: Console, data: Mapping[str, Any]) -> None:
     """Print predicted and measured memory of processes."""
-    table = Table("split", "process", "MiB", "predicted", "off", "source")
+    table = Table("split", "process", "MiB", "predicted", "off", "source", box=MARKDOWN)
     for row in data["memory"]:
         memory = memory_of(shape_of(data, row), size_of(data, row), row["tokens"], row["runtime"])
         mib = memory.total / 2**20
@@ -331,7 +332,7 @@ def print_memory(console: Console, data: Mapping[str, Any]) -> None:
 
 def print_conversion(console: Console, data: Mapping[str, Any], lines: Mapping[str, Any]) -> None:
     """Print predicted and measured time and memory of conversions."""
-    table = Table("split", "conversion", "s", "predicted", "off", "MiB", "predicted", "off")
+    table = Table("split", "conversion", "s", "predicted", "off", "MiB", "predicted", "off", box=MARKDOWN)
     for row in data["conversion"]:
         cost = line(lines[row["format"]], shape_of(data, row))
         name = f"{row['model']} {row['format']}"
