@@ -3,10 +3,10 @@
     python benchmarks/calibrate.py [--write]
 
 The measurements and their split are calibration.toml; the constants go to slm_export/data/roofline.json. For each
-runtime, on devices and on the host: the share of the bandwidth that each class of operator reaches, and an overhead per
-layer where there are more measurements than classes, by least squares of the logarithm of predicted over measured; then
-multiply-adds per cycle, from prefill. On the host the classes share one share: its few measurements cannot tell them
-apart.
+runtime, on devices and on the host: the share of the bandwidth that each class of operator reaches, and an overhead
+per layer, by least squares of the logarithm of predicted over measured; then multiply-adds per cycle, from prefill. A
+device with no more measurements than classes takes the host's overhead. On the host the classes have one share in
+common: its few measurements cannot tell them apart.
 """
 
 from __future__ import annotations
@@ -143,8 +143,11 @@ def fit(data: Mapping[str, Any]) -> dict[str, dict[str, Constants]]:
         if row["split"] == "fit":
             groups.setdefault((data["devices"][row["device"]]["where"], row["runtime"]), []).append(row)
     found: dict[str, dict[str, Constants]] = {"device": {}, "host": {}}
-    for (where, runtime), rows in groups.items():
-        found[where][runtime] = _fit_prefill(data, rows, _fit_decode(data, rows, pooled=where == "host"))
+    # The host first: its overhead stands in where a device's rows cannot tell one.
+    for (where, runtime), rows in sorted(groups.items(), reverse=True):
+        own = found["host"].get(runtime)
+        decode = _fit_decode(data, rows, own.layer_s if own else 0.0, pooled=where == "host")
+        found[where][runtime] = _fit_prefill(data, rows, decode)
     for row in data["load"]:
         if row["split"] == "fit":
             share = row["mb"] * 1e6 / (row["seconds"] * row["gb_s"] * 1e9)
@@ -152,7 +155,7 @@ def fit(data: Mapping[str, Any]) -> dict[str, dict[str, Constants]]:
     return found
 
 
-def _fit_decode(data: Mapping[str, Any], rows: Sequence[Row], *, pooled: bool) -> Constants:
+def _fit_decode(data: Mapping[str, Any], rows: Sequence[Row], layer_s: float, *, pooled: bool) -> Constants:
     seen = [kind for kind in KINDS if any(_work(data, row, 1, 0).bytes[kind] for row in rows)]
     kinds = ["all"] if pooled else seen
     overhead = len(rows) > len(kinds)
@@ -160,7 +163,7 @@ def _fit_decode(data: Mapping[str, Any], rows: Sequence[Row], *, pooled: bool) -
     def constants(values: Sequence[float]) -> Constants:
         shares = dict(zip(kinds, map(math.exp, values), strict=False))
         share = dict.fromkeys(KINDS, shares["all"]) if pooled else shares
-        return Constants(share, {}, values[-1] if overhead else 0.0)
+        return Constants(share, {}, values[-1] if overhead else layer_s)
 
     def residuals(values: Sequence[float]) -> list[float]:
         return [math.log((decode_of(data, row, constants(values)) or 1e-9) / row["decode"]) for row in rows]

@@ -97,6 +97,17 @@ def test_a_plan_stores_what_palettizing_stores(options: dict[str, Any], tmp_path
     assert {one.matrix.name: (one.bits, one.group, one.palette) for one in stored} == _stored(done)
 
 
+@pytest.mark.parametrize("embedding", [4, 8, 16, 32])
+@pytest.mark.parametrize("palettes", [False, True])
+def test_tables_of_positions_keep_8_bits(palettes: bool, embedding: int, tmp_path: Path) -> None:
+    families.save(families.ENCODERS["bert"], tmp_path)
+    options: dict[str, Any] = {"embedding_bits": embedding}
+    made = Palettize(**options) if palettes else GroupQuantize(**options)
+    done = made.run(load_checkpoint(tmp_path)).checkpoint
+    stored, _ = store(read_model(tmp_path), [(made.name, options)])
+    assert {one.matrix.name: (one.bits, one.group, one.palette) for one in stored} == _stored(done)
+
+
 def test_every_pass_is_known_to_plans() -> None:
     assert {name for name, cls in PASSES.items() if cls.quantizes} == QUANTIZING
     assert set(PASSES) <= QUANTIZING | {PALETTIZE} | SHAPING.keys() | NEUTRAL

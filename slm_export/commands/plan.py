@@ -236,10 +236,16 @@ def _rows(model: ModelShape, one: Forecast) -> list[tuple[str, str, str]]:
     speed = one.speed
     rows += [
         ("load", _milliseconds(speed.load_ms), why.get("load", "")),
-        ("decode", _rate(speed.decode_tokens_per_s), why.get("decode", "")),
-        ("prefill", _rate(speed.prefill_tokens_per_s), why.get("prefill", f"of {PROMPT} tokens")),
-        ("first token", _milliseconds(speed.time_to_first_token_ms), ""),
     ]
+    if model.decodes:
+        rows += [
+            ("decode", _rate(speed.decode_tokens_per_s), why.get("decode", "")),
+            ("prefill", _rate(speed.prefill_tokens_per_s), why.get("prefill", f"of {PROMPT} tokens")),
+            ("first token", _milliseconds(speed.time_to_first_token_ms), ""),
+        ]
+    else:
+        told = why.get("prefill", f"of {PROMPT} tokens")
+        rows.append(("call", _milliseconds(speed.time_to_first_token_ms), told))
     made = one.conversion
     rows += [
         (
