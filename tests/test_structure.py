@@ -200,6 +200,24 @@ def test_key_value_groups_go_from_every_family(name: str, uniform: bool, tmp_pat
     assert 0 < apart(outputs(made), outputs(source)) < 1
 
 
+@pytest.mark.parametrize("find", [mlps, attentions])
+@pytest.mark.parametrize("name", chosen(FAMILIES))
+def test_silent_parts_go_without_a_trace(name: str, find: Any, tmp_path: Path) -> None:
+    """Every other part adds nothing; the model without these says the same: what stays belongs together still."""
+    source = loaded(name, tmp_path)
+    if find is attentions and name in HEADLESS:
+        with pytest.raises(InputError, match="one norm over all heads"):
+            find(source, "test")
+        return
+    layers = find(source, "test")
+    half = {parts.path: range(0, parts.count, 2) for parts in layers}
+    quiet = silenced(source, layers, half)
+    neurons, groups = PruneNeurons(fraction=0.5, multiple=1, uniform=True), PruneKvGroups(fraction=0.5)
+    made = run(neurons if find is mlps else groups, quiet).checkpoint
+    assert [p.count for p in find(made, "test")] == [p.count - (p.count + 1) // 2 for p in layers]
+    assert apart(outputs(made), outputs(quiet)) < FLOAT
+
+
 def test_silent_parts_go_first_and_nothing_is_lost(tmp_path: Path) -> None:
     source = loaded("phi-3", tmp_path)
     layers = mlps(source, "test")
