@@ -30,7 +30,7 @@ from slm_export.source.load import load_checkpoint
 from slm_export.source.provenance import source_sha256
 from slm_export.tokenization.tokenizer import SourceTokenizer
 
-BITS = (4.6, 4.8, 5.0, 5.25, 5.6, 6.2, 7.0)
+BITS = (4.6, 4.8, 5.15, 5.6, 6.6)
 """Per value, of the solver's points."""
 _STYLES = {
     "mixed, gptq": "o-",
