@@ -51,7 +51,8 @@ class ExecuTorchExporter:
     packages: ClassVar[tuple[str, ...]] = ("executorch",)
     tables: ClassVar[bool] = False
     dense_only: ClassVar[str | None] = (
-        "XNNPACK has no sparse int8 or int4 kernel (its sparse ones are of float convolutions)"
+        "XNNPACK has no sparse int8 or int4 kernel "
+        "(its sparse kernels are for convolutional networks of floats)"
     )
 
     def file(self, task: str) -> str:

@@ -55,7 +55,8 @@ class LiteRTExporter:
     )
     tables: ClassVar[bool] = False
     dense_only: ClassVar[str | None] = (
-        "XNNPACK, which computes for it, has no sparse int8 or int4 kernel (its sparse ones are of float convolutions)"
+        "XNNPACK, which computes for it, has no sparse int8 or int4 kernel "
+        "(its sparse kernels are for convolutional networks of floats)"
     )
 
     def __init__(self) -> None:
