@@ -9,17 +9,13 @@ import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from slm_export import __version__, options
 from slm_export.errors import InputError, MachineError, SlmExportError
 from slm_export.interrupts import catch_signals, ignore_signals, still_an_interrupt
-
-if TYPE_CHECKING:
-    from slm_export.compilation import Request
-    from slm_export.quantization_options import QuantizationOptions
 
 INTERRUPTED = 130
 
@@ -85,12 +81,12 @@ def export(as_json: bool, junit: Path | None, pareto: bool, **asked: Any) -> Non
     if pareto:
         from slm_export.commands.pareto import pareto_command
 
-        pareto_command(_request(asked), as_json)
+        pareto_command(options.request_of(asked), as_json)
         return
     with recorded(junit, "export") as cases:
         from slm_export.commands.bundles import export_command
 
-        export_command(_request(asked), as_json, cases)
+        export_command(options.request_of(asked), as_json, cases)
 
 
 @cli.command()
@@ -233,10 +229,7 @@ def plan(as_json: bool, **asked: Any) -> None:
     """
     from slm_export.commands.plan import PlanRequest, plan_command
 
-    quantization = _quantization(asked)
-    for name in ("bits", "group_size", "embedding_bits", "head_bits", "palettize"):
-        del asked[name]
-    plan_command(PlanRequest(quantization=quantization, **asked), as_json)
+    plan_command(PlanRequest(quantization=options.quantization_of(asked), **asked), as_json)
 
 
 @cli.command()
@@ -247,48 +240,6 @@ def devices(name: str | None, as_json: bool) -> None:
     from slm_export.commands.bundles import devices_command
 
     devices_command(name, as_json)
-
-
-def _request(asked: dict[str, Any]) -> Request:
-    """Return the request of a command line, what it leaves open filled from slm-export.toml."""
-    from slm_export.budget.budget import Budget, parse_bytes
-    from slm_export.compilation import Request
-    from slm_export.settings import load_settings
-
-    def size(name: str) -> int | None:
-        return None if asked[name] is None else parse_bytes(asked[name], f"--{name.replace('_', '-')}")
-
-    request = Request(
-        model=asked["model"],
-        revision=asked["revision"],
-        target=asked["target"],
-        device=asked["device"],
-        formats=asked["formats"] or None,
-        quantization=_quantization(asked),
-        context=asked["context"],
-        out=asked["out"],
-        eval_text=asked["eval_text"],
-        calibration=asked["calibration"],
-        budget=Budget(
-            size("max_size"),
-            size("max_memory"),
-            asked["min_tokens_per_s"],
-            asked["max_perplexity_ratio"],
-            asked["min_cosine"],
-        ),
-        force=asked["force"],
-        verify=not asked["no_verify"],
-        bench=not asked["no_bench"],
-    )
-    settings = load_settings(Path.cwd())
-    return request if settings is None else request.over(settings)
-
-
-def _quantization(asked: dict[str, Any]) -> QuantizationOptions:
-    from slm_export.quantization_options import QuantizationOptions
-
-    names = ("bits", "group_size", "embedding_bits", "head_bits", "palettize")
-    return QuantizationOptions(**{name: None if asked[name] is None else int(asked[name]) for name in names})
 
 
 def main() -> NoReturn:

@@ -1,12 +1,17 @@
-"""Options that several commands share."""
+"""Options that several commands share, and what they ask for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from slm_export.compilation import Request
+    from slm_export.quantization_options import QuantizationOptions
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _EMBEDDING_BITS = click.Choice(["4", "6", "8", "16", "32"])
@@ -109,3 +114,48 @@ def token_counts(ctx: click.Context, param: click.Parameter, value: str | None) 
     if not all(part.isdecimal() and part.isascii() for part in parts):
         raise click.BadParameter(f"'{value}' is no list of token counts; write them as 128,512", ctx, param)
     return tuple(dict.fromkeys(map(int, parts)))
+
+
+def request_of(asked: dict[str, Any]) -> Request:
+    """Return the request of a command line, what it leaves open filled from slm-export.toml."""
+    from slm_export.budget.budget import Budget, parse_bytes
+    from slm_export.compilation import Request
+    from slm_export.settings import load_settings
+
+    def size(name: str) -> int | None:
+        return None if asked[name] is None else parse_bytes(asked[name], f"--{name.replace('_', '-')}")
+
+    request = Request(
+        model=asked["model"],
+        revision=asked["revision"],
+        target=asked["target"],
+        device=asked["device"],
+        formats=asked["formats"] or None,
+        quantization=quantization_of(asked),
+        context=asked["context"],
+        out=asked["out"],
+        eval_text=asked["eval_text"],
+        calibration=asked["calibration"],
+        budget=Budget(
+            size("max_size"),
+            size("max_memory"),
+            asked["min_tokens_per_s"],
+            asked["max_perplexity_ratio"],
+            asked["min_cosine"],
+        ),
+        force=asked["force"],
+        verify=not asked["no_verify"],
+        bench=not asked["no_bench"],
+    )
+    settings = load_settings(Path.cwd())
+    return request if settings is None else request.over(settings)
+
+
+def quantization_of(asked: dict[str, Any]) -> QuantizationOptions:
+    """Take the options of a recipe out of a command line, and return them."""
+    from slm_export.quantization_options import QuantizationOptions
+
+    taken = {field.name: asked.pop(field.name) for field in fields(QuantizationOptions)}
+    return QuantizationOptions(
+        **{name: None if value is None else int(value) for name, value in taken.items()}
+    )
