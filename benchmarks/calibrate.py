@@ -95,7 +95,9 @@ def shape_of(data: Mapping[str, Any], row: Row) -> ModelShape:
         tied=tied,
         layers=layers,
         kv_values=2 * layers * kv,
+        kv_heads=of["kv_heads"],
         hidden=hidden,
+        intermediate=intermediate,
         widest=max(intermediate, wide, hidden),
         positions=None,
     )

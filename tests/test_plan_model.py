@@ -14,11 +14,17 @@ import small_models
 import torch
 
 from slm_export.checkpoint import Checkpoint
+from slm_export.compression.workbench import Workbench
 from slm_export.errors import InputError
+from slm_export.optimizers.drop_layers import DropLayers
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.optimizers.palettize import Palettize
+from slm_export.optimizers.prune_kv_groups import PruneKvGroups
+from slm_export.optimizers.prune_neurons import PruneNeurons
+from slm_export.planning.compiled import shape_of
 from slm_export.planning.model import read_model
-from slm_export.planning.storage import NEUTRAL, QUANTIZING, SHAPING, smaller, store
+from slm_export.planning.shaping import SHAPING, shaped
+from slm_export.planning.storage import OTHERS, QUANTIZING, smaller, store
 from slm_export.profile import default_profile
 from slm_export.quantization_options import PALETTIZE, QuantizationOptions, merged
 from slm_export.recipe import PASSES
@@ -110,14 +116,52 @@ def test_tables_of_positions_keep_8_bits(palettes: bool, embedding: int, tmp_pat
 
 def test_every_pass_is_known_to_plans() -> None:
     assert {name for name, cls in PASSES.items() if cls.quantizes} == QUANTIZING
-    assert set(PASSES) <= QUANTIZING | {PALETTIZE} | SHAPING.keys() | NEUTRAL
+    assert set(PASSES) <= QUANTIZING | {PALETTIZE} | OTHERS
+    resized = {name for name, cls in PASSES.items() if cls.structural} - {"awq", "rotate"}
+    assert resized == SHAPING.keys()
 
 
-def test_what_a_pass_will_measure_is_not_guessed(tmp_path: Path) -> None:
-    small_models.llama(tmp_path)
-    _, notes = store(read_model(tmp_path), [("drop-layers", {"count": 1}), ("novel", {})])
-    assert "drop-layers takes layers out" in notes[0]
-    assert "novel" in notes[1]
+PRUNING = (
+    (DropLayers, {"count": 1}),
+    (PruneNeurons, {"fraction": 0.3, "multiple": 8, "uniform": True}),
+    (PruneKvGroups, {"fraction": 0.5}),
+    pytest.param(DropLayers, {"fraction": 0.5}, marks=pytest.mark.slow),
+    pytest.param(PruneNeurons, {"fraction": 0.5, "uniform": True}, marks=pytest.mark.slow),
+    pytest.param(PruneNeurons, {"fraction": 0.25}, marks=pytest.mark.slow),
+)
+
+
+@pytest.mark.parametrize(("cls", "options"), PRUNING, ids=str)
+def test_what_is_pruned_leaves_what_was_planned(cls: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    loaded = small_models.llama(tmp_path, intermediate_size=256, num_hidden_layers=3, num_key_value_heads=4)
+    done = cls(**options).run(loaded, Workbench(calibration=small_models.random_text(8))).checkpoint
+    model, notes = shaped(read_model(tmp_path), [(cls.name, options)])
+    assert not notes
+    made, _ = shape_of(done)
+    if options.get("uniform") or cls is not PruneNeurons:
+        assert Counter(m.shape for m in model.matrices) == Counter(m.shape for m in made.matrices)
+    else:  # each layer is planned to lose the mean
+        assert model.parameters - model.vectors == pytest.approx(made.parameters, rel=0.01)
+    assert model.layers == made.layers
+
+
+def test_fewer_tokens_are_fewer_rows(tmp_path: Path) -> None:
+    small_models.llama(tmp_path, vocab_size=1000)
+    model, _ = shaped(read_model(tmp_path), [("trim-vocabulary", {"keep": 0.5})])
+    assert {m.shape[0] for m in model.matrices if m.role in ("embedding", "head")} == {512}
+    model, _ = shaped(read_model(tmp_path), [("trim-vocabulary", {"tokens": 90})])
+    assert {m.shape[0] for m in model.matrices if m.role in ("embedding", "head")} == {96}
+
+
+def test_what_headers_do_not_tell_is_not_guessed(tmp_path: Path) -> None:
+    families.save(families.ENCODERS["albert"], tmp_path)
+    before = read_model(tmp_path)
+    model, notes = shaped(before, [("drop-layers", {"count": 1}), ("prune-kv-groups", {})])
+    assert model == before
+    assert "drop-layers: what it narrows cannot be told" in notes[0]
+    assert len(notes) == 2
+    _, notes = store(before, [("novel", {})])
+    assert "novel" in notes[0]
 
 
 def test_a_group_that_does_not_fit_is_refused(tmp_path: Path) -> None:

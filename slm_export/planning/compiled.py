@@ -6,7 +6,7 @@ from slm_export.checkpoint import Checkpoint
 from slm_export.planning.forecast import PROMPT
 from slm_export.planning.machines import machine_of, this_machine
 from slm_export.planning.memory import KV_VALUE
-from slm_export.planning.model import Matrix, ModelShape, dimensions, kv_values
+from slm_export.planning.model import Matrix, ModelShape, dimensions, kv_heads
 from slm_export.planning.roofline import Constants, Machine, fitted, seconds, work_of
 from slm_export.planning.storage import Stored
 from slm_export.profile import DeviceProfile
@@ -26,6 +26,7 @@ def shape_of(checkpoint: Checkpoint) -> tuple[ModelShape, tuple[Stored, ...]]:
     decodes = checkpoint.task == GENERATION
     config = checkpoint.config.get_text_config().to_dict()
     layers, hidden = dimensions(config)
+    heads, width = kv_heads(config)
     shape = ModelShape(
         folder=checkpoint.folder,
         name=checkpoint.name,
@@ -36,8 +37,10 @@ def shape_of(checkpoint: Checkpoint) -> tuple[ModelShape, tuple[Stored, ...]]:
         others_bytes=0,
         tied=bool(checkpoint.tied),
         layers=layers,
-        kv_values=kv_values(config, layers) if decodes else 0,
+        kv_values=2 * layers * heads * width if decodes else 0,
+        kv_heads=heads,
         hidden=hidden,
+        intermediate=0,
         widest=0,
         positions=checkpoint.positions,
     )

@@ -13,6 +13,7 @@ from slm_export.planning.machines import host_memory, machine_of
 from slm_export.planning.memory import KV_PRECISIONS, KV_VALUE, Memory, kv_bytes, longest_context, memory_of
 from slm_export.planning.model import ModelShape
 from slm_export.planning.roofline import Constants, Machine, Work, fitted, seconds, work_of
+from slm_export.planning.shaping import shaped
 from slm_export.planning.sizes import Sizes, sizes_of
 from slm_export.planning.storage import Recipe, Stored, smaller, store
 from slm_export.profile import DeviceProfile
@@ -74,6 +75,7 @@ def forecast(
     Raises:
         InputError: the recipe does not fit the model.
     """
+    model, untold = shaped(model, recipe)
     stored, notes = store(model, recipe)
     room = _context(model, profile, context)
     sizes = sizes_of(model, stored, format)
@@ -104,7 +106,7 @@ def forecast(
         conversion,
         _nearest(model, recipe, format, room, limit) if fits is False and limit is not None else None,
         unknown,
-        notes,
+        (*untold, *notes),
     )
 
 

@@ -71,7 +71,10 @@ class ModelShape:
     """As they are computed; ALBERT stores one of them."""
     kv_values: int
     """Values that one token puts into the KV cache, over all layers; 0 without one."""
+    kv_heads: int
     hidden: int
+    intermediate: int
+    """Neurons of a layer; 0 where the configuration does not say."""
     widest: int
     """Columns or rows of the widest linear layer."""
     positions: int | None
@@ -94,7 +97,7 @@ class ModelShape:
     @cached_property
     def repeats(self) -> float:
         """How often a stored layer is computed: more than once only where layers share their weights."""
-        stored = {int(found[1]) for m in self.matrices if (found := _NUMBERED.search(m.name))}
+        stored = {number for m in self.matrices if (number := number_of(m.name)) is not None}
         return self.layers / len(stored) if len(stored) == 1 else 1.0
 
 
@@ -130,6 +133,7 @@ def read_model(folder: Path) -> ModelShape:
     kept = tuple(m for m in matrices if not (tied and m.role == "head"))
     linears = [m for m in kept if m.role == "linear"]
     layers, hidden = dimensions(text)
+    groups, width = kv_heads(text)
     return ModelShape(
         folder=folder,
         name=folder.resolve().name,
@@ -140,8 +144,10 @@ def read_model(folder: Path) -> ModelShape:
         others_bytes=sum(prod(s) * _BYTES[d] for s, d in tensors.values() if len(s) not in (1, 2)),
         tied=tied,
         layers=layers,
-        kv_values=kv_values(text, layers) if decodes else 0,
+        kv_values=2 * layers * groups * width if decodes else 0,
+        kv_heads=groups,
         hidden=hidden,
+        intermediate=_first(text, "intermediate_size", "n_inner", "hidden_dim") or 0,
         widest=max((max(m.shape) for m in linears), default=0),
         positions=_first(text, "max_position_embeddings", "n_positions"),
     )
@@ -171,12 +177,18 @@ def dimensions(config: Mapping[str, Any]) -> tuple[int, int]:
     return layers, _first(config, "hidden_size", "n_embd", "dim", "emb_dim") or 0
 
 
-def kv_values(config: Mapping[str, Any], layers: int) -> int:
-    """Return the values that a token puts into the KV cache of all layers."""
+def kv_heads(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the key-value heads of a layer, and their width."""
     heads = _first(config, "num_attention_heads", "n_head", "n_heads") or 0
     _, hidden = dimensions(config)
     width = _first(config, "head_dim") or (hidden // heads if heads else 0)
-    return 2 * layers * width * (_first(config, "num_key_value_heads") or heads)
+    return _first(config, "num_key_value_heads") or heads, width
+
+
+def number_of(name: str) -> int | None:
+    """Return the layer that a tensor is in; None outside."""
+    found = _NUMBERED.search(name)
+    return None if found is None else int(found[1])
 
 
 def _role(name: str, shape: tuple[int, ...], vocabulary: int) -> Role:

@@ -16,15 +16,19 @@ from slm_export.planning.model import Matrix, ModelShape, Role
 from slm_export.quantization_options import PALETTIZE
 
 QUANTIZING = frozenset({"group-quantize", "gptq", "learned-rounding"})
-SHAPING: Mapping[str, str] = {
-    "drop-layers": "takes layers out",
-    "prune-kv-groups": "takes key-value groups out",
-    "prune-neurons": "takes neurons out",
-    "trim-vocabulary": "takes tokens out",
-}
-"""Passes whose outcome depends on what they measure: a plan is of the model before them."""
-NEUTRAL = frozenset({"awq", "rotate", "recover", "sparsify"})
-"""Passes that leave shapes and precisions as they are."""
+OTHERS = frozenset(
+    {
+        "awq",
+        "rotate",
+        "recover",
+        "sparsify",
+        "drop-layers",
+        "prune-kv-groups",
+        "prune-neurons",
+        "trim-vocabulary",
+    }
+)
+"""Passes that leave precisions as they are; what they do to shapes is in `shaping`."""
 _GROUPS = (32, 64, 128, 256)
 _FLOAT = 32
 
@@ -78,11 +82,7 @@ def store(model: ModelShape, recipe: Recipe) -> tuple[tuple[Stored, ...], tuple[
             stored = tuple(_quantized(one, options, name) for one in stored)
         elif name == PALETTIZE:
             stored = tuple(_palettized(one, options) for one in stored)
-        elif name in SHAPING:
-            notes.append(
-                f"{name} {SHAPING[name]}, by what it measures: these figures are of the model before it"
-            )
-        elif name not in NEUTRAL:
+        elif name not in OTHERS:
             notes.append(f"{name}: what it does to size and speed is not predicted")
     return stored, tuple(notes)
 
