@@ -17,34 +17,37 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from calibration_rows import (
+    HERE,
+    Row,
+    decode_of,
+    machine_of,
+    prefill_of,
+    shape_of,
+    size_of,
+    work_for,
+)
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from scipy.optimize import least_squares
 
 from slm_export.planning.conversion import line
-from slm_export.planning.formats import FORMATS
-from slm_export.planning.memory import KV_VALUE, memory_of
-from slm_export.planning.model import Matrix, ModelShape
-from slm_export.planning.roofline import KINDS, Constants, Machine, Work, seconds, work_of
-from slm_export.planning.sizes import sizes_of
-from slm_export.planning.storage import Stored, store
+from slm_export.planning.memory import memory_of
+from slm_export.planning.roofline import KINDS, Constants
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "slm_export" / "data" / "roofline.json"
 _OVERHEAD = (0.0, 2e-3)  # seconds per layer
 _MOST_SHARE = {False: 1.0, True: 1.25}
 """No device moves more than its interface does; the host's bandwidth is measured, and kernels can better it."""
-Row = Mapping[str, Any]
 
 
 def main() -> None:
@@ -68,76 +71,6 @@ def main() -> None:
         console.print(f"written to {OUT.relative_to(HERE.parent)}")
 
 
-def shape_of(data: Mapping[str, Any], row: Row) -> ModelShape:
-    """Return the decoder of a row, from its geometry."""
-    of = data["models"][row["model"]]
-    hidden, wide = of["hidden"], of["heads"] * of["head_dim"]
-    kv, intermediate, layers = of["kv_heads"] * of["head_dim"], of["intermediate"], of["layers"]
-    attention = [(wide, hidden), (kv, hidden), (kv, hidden), (hidden, wide)]
-    linears = [*attention, (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
-    matrices = [
-        Matrix(f"layers.{layer}.{index}", shape, "linear", 2)
-        for layer in range(layers)
-        for index, shape in enumerate(linears)
-    ]
-    tied = of["tied"] and not row.get("untied", False)
-    matrices.append(Matrix("embedding", (of["vocabulary"], hidden), "embedding", 2))
-    if not tied:
-        matrices.append(Matrix("head", (of["vocabulary"], hidden), "head", 2))
-    return ModelShape(
-        folder=HERE,
-        name=row["model"],
-        architecture="LlamaForCausalLM",
-        decodes=True,
-        matrices=tuple(matrices),
-        vectors=(2 * layers + 1) * hidden,
-        others_bytes=0,
-        tied=tied,
-        layers=layers,
-        kv_values=2 * layers * kv,
-        kv_heads=of["kv_heads"],
-        hidden=hidden,
-        intermediate=intermediate,
-        widest=max(intermediate, wide, hidden),
-        positions=None,
-    )
-
-
-def stored_of(shape: ModelShape, row: Row) -> tuple[Stored, ...]:
-    """Return its matrices as the row says that they are stored."""
-    linear, embedding, head = row["bits"]
-    options = {"bits": linear, "embedding_bits": embedding, "head_bits": head, "group": row.get("group", 32)}
-    return store(shape, [("group-quantize", options)])[0]
-
-
-def _work(data: Mapping[str, Any], row: Row, tokens: int, depth: int) -> Work:
-    shape = shape_of(data, row)
-    work = work_of(shape, stored_of(shape, row), tokens, depth, KV_VALUE[row["runtime"]])
-    extra = row.get("extra_mb", 0) * 1e6
-    return replace(work, bytes={**work.bytes, "float": work.bytes["float"] + extra})
-
-
-def machine_of(data: Mapping[str, Any], row: Row) -> Machine:
-    """Return the machine of a row; a row measured on a busy machine brings the bandwidth of its moment."""
-    of = data["devices"][row["device"]]
-    ghz = of.get("ghz")
-    return Machine(
-        row["device"], 1e9 * row.get("gb_s", of["gb_s"]), None if ghz is None else 1e9 * ghz, of["source"]
-    )
-
-
-def decode_of(data: Mapping[str, Any], row: Row, constants: Constants) -> float | None:
-    """Return the predicted rate of decoding."""
-    took = seconds(_work(data, row, 1, row["prompt"]), machine_of(data, row), constants)
-    return 1 / took if took else None
-
-
-def prefill_of(data: Mapping[str, Any], row: Row, constants: Constants) -> float | None:
-    """Return the predicted rate of reading the prompt."""
-    took = seconds(_work(data, row, row["prompt"], 0), machine_of(data, row), constants)
-    return row["prompt"] / took if took else None
-
-
 def fit(data: Mapping[str, Any]) -> dict[str, dict[str, Constants]]:
     """Return "device" or "host" -> runtime -> constants, fitted on the rows that may be fitted on."""
     groups: dict[tuple[str, str], list[Row]] = {}
@@ -158,7 +91,7 @@ def fit(data: Mapping[str, Any]) -> dict[str, dict[str, Constants]]:
 
 
 def _fit_decode(data: Mapping[str, Any], rows: Sequence[Row], layer_s: float, *, pooled: bool) -> Constants:
-    seen = [kind for kind in KINDS if any(_work(data, row, 1, 0).bytes[kind] for row in rows)]
+    seen = [kind for kind in KINDS if any(work_for(data, row, 1, 0).bytes[kind] for row in rows)]
     kinds = ["all"] if pooled else seen
     overhead = len(rows) > len(kinds)
 
@@ -185,7 +118,7 @@ def _fit_prefill(data: Mapping[str, Any], rows: Sequence[Row], constants: Consta
         if "prefill" not in row or machine.cycles_per_s is None:
             continue
         kind = "float" if row["bits"][0] >= 16 else f"int{row['bits'][0]}"
-        work = _work(data, row, row["prompt"], 0)
+        work = work_for(data, row, row["prompt"], 0)
         spent = row["prompt"] / row["prefill"] - constants.layer_s * work.layers
         rates.setdefault(kind, []).append(sum(work.multiply_adds.values()) / spent / machine.cycles_per_s)
     per_cycle = {kind: math.exp(float(np.mean(np.log(values)))) for kind, values in rates.items()}
@@ -310,17 +243,6 @@ def print_sizes(console: Console, data: Mapping[str, Any]) -> None:
             off,
         )
     console.print(table)
-
-
-def size_of(data: Mapping[str, Any], row: Row) -> int:
-    """Return the predicted bytes of a row's file."""
-    shape = shape_of(data, row)
-    stored = stored_of(shape, row)
-    size = sizes_of(shape, stored, row["runtime"]).total
-    wider = row.get("group_scale", 0) - FORMATS[row["runtime"]].group_scale
-    if wider > 0:
-        size += sum(wider * (one.matrix.count // one.group) for one in stored if one.bits == 4)
-    return size
 
 
 def print_memory(console: Console, data: Mapping[str, Any]) -> None:

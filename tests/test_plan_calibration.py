@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def calibrate() -> ModuleType:
     path = ROOT / "benchmarks" / "calibrate.py"
+    sys.path.insert(0, str(path.parent))  # where the script, run as one, finds its neighbours
     spec = importlib.util.spec_from_file_location("calibrate", path)
     assert spec is not None
     assert spec.loader is not None

@@ -212,14 +212,24 @@ def _print_one(console: Console, model: ModelShape, one: Forecast) -> None:
 
 
 def _rows(model: ModelShape, one: Forecast) -> list[tuple[str, str, str]]:
-    sizes, memory, why = one.sizes, one.memory, one.unknown
-    inside = "0 MB" if not sizes.tokenizer else _mb(sizes.tokenizer)
-    rows = [
+    """Return every figure, with what it is of, or why it is not known."""
+    return [*_file_rows(model, one), *_memory_rows(model, one), *_time_rows(model, one), *_cache_rows(one)]
+
+
+def _file_rows(model: ModelShape, one: Forecast) -> list[tuple[str, str, str]]:
+    sizes = one.sizes
+    return [
         ("file", _mb(sizes.total), ""),
         ("  body", _mb(sizes.body), "linear layers, norms, program"),
         ("  embedding", _mb(sizes.embedding), "and the head: they are one matrix" if model.tied else ""),
         ("  head", _mb(sizes.head), ""),
-        ("  tokenizer", inside, "" if sizes.tokenizer else "in files of its own"),
+        ("  tokenizer", _mb(sizes.tokenizer), "" if sizes.tokenizer else "in files of its own"),
+    ]
+
+
+def _memory_rows(model: ModelShape, one: Forecast) -> list[tuple[str, str, str]]:
+    memory = one.memory
+    rows = [
         (
             "peak memory",
             _mb(memory.total),
@@ -230,35 +240,38 @@ def _rows(model: ModelShape, one: Forecast) -> list[tuple[str, str, str]]:
         ("  activations", _mb(memory.activations), ""),
         ("  runtime", _mb(memory.runtime), ""),
         ("limit", _mb(one.limit), "of one app" if one.limit_of == "app" else "all memory of the device"),
-        ("fits", _FITS[one.fits], why.get("fits", "")),
-        ("longest context", _count(one.longest_context), "tokens that the limit has room for"),
-    ]
-    speed = one.speed
-    rows += [
-        ("load", _milliseconds(speed.load_ms), why.get("load", "")),
+        ("fits", _FITS[one.fits], one.unknown.get("fits", "")),
     ]
     if model.decodes:
+        rows.append(("longest context", _count(one.longest_context), "tokens that the limit has room for"))
+    return rows
+
+
+def _time_rows(model: ModelShape, one: Forecast) -> list[tuple[str, str, str]]:
+    speed, why, made = one.speed, one.unknown, one.conversion
+    first = _milliseconds(speed.time_to_first_token_ms)
+    rows = [("load", _milliseconds(speed.load_ms), why.get("load", ""))]
+    if model.decodes:
         rows += [
-            ("decode", _rate(speed.decode_tokens_per_s), why.get("decode", "")),
+            ("decode", _rate(speed.decode_tokens_per_s), why.get("decode", f"behind {PROMPT} tokens")),
             ("prefill", _rate(speed.prefill_tokens_per_s), why.get("prefill", f"of {PROMPT} tokens")),
-            ("first token", _milliseconds(speed.time_to_first_token_ms), ""),
+            ("first token", first, ""),
         ]
     else:
-        told = why.get("prefill", f"of {PROMPT} tokens")
-        rows.append(("call", _milliseconds(speed.time_to_first_token_ms), told))
-    made = one.conversion
-    rows += [
-        (
-            "conversion",
-            f"{made.seconds:.0f} s" if made else "-",
-            why.get("conversion", "on two cores, unverified"),
-        ),
+        rows.append(("call", first, why.get("prefill", f"of {PROMPT} tokens")))
+    took = f"{made.seconds:.0f} s" if made else "-"
+    return [
+        *rows,
+        ("conversion", took, why.get("conversion", "on two cores, unverified")),
         ("  its memory", _mb(made.peak_bytes if made else None), ""),
     ]
-    for length, precisions in one.kv_cache.items():
-        figures = ", ".join(f"{name} {_mb(size)}" for name, size in precisions.items())
-        rows.append((f"KV cache of {length}", "", figures))
-    return rows
+
+
+def _cache_rows(one: Forecast) -> list[tuple[str, str, str]]:
+    return [
+        (f"KV cache of {length}", "", ", ".join(f"{name} {_mb(size)}" for name, size in sizes.items()))
+        for length, sizes in one.kv_cache.items()
+    ]
 
 
 def _milliseconds(value: float | None) -> str:

@@ -41,7 +41,6 @@ def shape_of(checkpoint: Checkpoint) -> tuple[ModelShape, tuple[Stored, ...]]:
         kv_heads=heads,
         hidden=hidden,
         intermediate=0,
-        widest=0,
         positions=checkpoint.positions,
     )
     return shape, stored

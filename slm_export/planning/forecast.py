@@ -12,7 +12,7 @@ from slm_export.planning.conversion import Conversion, conversion_of
 from slm_export.planning.machines import host_memory, machine_of
 from slm_export.planning.memory import KV_PRECISIONS, KV_VALUE, Memory, kv_bytes, longest_context, memory_of
 from slm_export.planning.model import ModelShape
-from slm_export.planning.roofline import Constants, Machine, Work, fitted, seconds, work_of
+from slm_export.planning.roofline import Constants, Machine, fitted, seconds, work_of
 from slm_export.planning.shaping import shaped
 from slm_export.planning.sizes import Sizes, sizes_of
 from slm_export.planning.storage import Recipe, Stored, smaller, store
@@ -88,9 +88,6 @@ def forecast(
     unknown = _unknown(model, machine, speed, profile, format, constants)
     if fits is None:
         unknown["fits"] = _NO_LIMIT.get(profile.target, f"profile {profile.name} states no memory")
-    conversion = conversion_of(model, format)
-    if conversion is None:
-        unknown["conversion"] = f"the time of converting to {format} was not measured"
     return Forecast(
         profile.name,
         format,
@@ -103,19 +100,11 @@ def forecast(
         "app" if profile.memory and profile.memory.app_limit_gb else "device",
         fits,
         None if limit is None else longest_context(model, sizes.total, format, limit),
-        conversion,
+        conversion_of(model, format),
         _nearest(model, recipe, format, room, limit) if fits is False and limit is not None else None,
         unknown,
         (*untold, *notes),
     )
-
-
-def phases(
-    model: ModelShape, stored: Sequence[Stored], format: str, prompt: int = PROMPT
-) -> tuple[Work, Work]:
-    """Return the two calls that a run is made of: a prompt into an empty cache, and a token behind it."""
-    value = KV_VALUE[format]
-    return work_of(model, stored, prompt, 0, value), work_of(model, stored, 1, prompt, value)
 
 
 def _speed(
@@ -126,9 +115,9 @@ def _speed(
     machine: Machine,
     constants: Constants,
 ) -> Speed:
-    prefill, decode = phases(model, stored, format)
-    read = seconds(prefill, machine, constants)
-    token = seconds(decode, machine, constants) if model.decodes else None
+    value = KV_VALUE[format]
+    read = seconds(work_of(model, stored, PROMPT, 0, value), machine, constants)
+    token = seconds(work_of(model, stored, 1, PROMPT, value), machine, constants) if model.decodes else None
     opens = constants.load_share and machine.bytes_per_s and constants.load_share * machine.bytes_per_s
     return Speed(
         1 / token if token else None,
@@ -179,12 +168,15 @@ def _unknown(
     if speed.decode_tokens_per_s is None:
         why["decode"] = reason if model.decodes else "an encoder writes no tokens"
     if speed.prefill_tokens_per_s is None:
-        known = machine.bytes_per_s is not None and constants.per_cycle
-        why["prefill"] = (
+        known = machine.bytes_per_s is not None and constants.per_cycle and machine.cycles_per_s is None
+        clocks = (
             f"profile {profile.name} states no clocks, or cores without i8mm, of which no figure was found"
-            if known and machine.cycles_per_s is None
-            else reason
         )
+        if profile.target == "host":
+            clocks = "multiply-adds were measured on processors with AVX-512 VNNI alone"
+        why["prefill"] = clocks if known else reason
+    if conversion_of(model, format) is None:
+        why["conversion"] = f"the time of converting to {format} was not measured"
     return why
 
 

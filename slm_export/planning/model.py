@@ -6,9 +6,8 @@ the two against each other. GPT-2's transposed matrices keep the orientation of 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -16,14 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slm_export.errors import InputError
-from slm_export.source.shard_files import INDEX, read_index, shard_files
+from slm_export.planning.headers import FLOATS, read_config, read_tensors
 
 Role = Literal["embedding", "head", "table", "linear"]
 GENERATION = "text-generation"
 _ENDINGS = (("ForCausalLM", GENERATION), ("WithLMHeadModel", "scores"), ("LMHeadModel", GENERATION))
 _EMBEDS = "Model"
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_LARGEST_HEADER = 100 << 20  # as the safetensors library has it
+_OF_WORDS = ("ForMaskedLM", "WithLMHeadModel")
 _LOOKED_UP = re.compile(
     r"(position|token_type|lang|segment)_embeddings?|wpe|embed_positions|position_embed\w*"
 )
@@ -75,8 +73,6 @@ class ModelShape:
     hidden: int
     intermediate: int
     """Neurons of a layer; 0 where the configuration does not say."""
-    widest: int
-    """Columns or rows of the widest linear layer."""
     positions: int | None
 
     @property
@@ -95,6 +91,11 @@ class ModelShape:
         return max((m.count for m in self.matrices if m.role in ("embedding", "head")), default=0)
 
     @cached_property
+    def widest(self) -> int:
+        """Columns or rows of the widest linear layer."""
+        return max((max(m.shape) for m in self.matrices if m.role == "linear"), default=0)
+
+    @cached_property
     def repeats(self) -> float:
         """How often a stored layer is computed: more than once only where layers share their weights."""
         stored = {number for m in self.matrices if (number := number_of(m.name)) is not None}
@@ -107,31 +108,20 @@ def read_model(folder: Path) -> ModelShape:
     Raises:
         InputError: one of them is missing or broken.
     """
-    config = _read_config(folder / "config.json")
+    config = read_config(folder / "config.json")
     text = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
-    names = config.get("architectures")
-    if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        raise InputError(
-            f"{folder / 'config.json'}: 'architectures' is missing; name the model's class, [\"LlamaForCausalLM\"]"
-        )
-    architecture = names[0]
+    architecture = _architecture(folder / "config.json", config)
     decodes = any(architecture.endswith(ending) and task == GENERATION for ending, task in _ENDINGS)
-    tensors = dict(_tensors(folder))
+    tensors = dict(read_tensors(folder))
     if architecture.endswith(_EMBEDS) and not decodes:
         tensors = {name: tensor for name, tensor in tensors.items() if not _NOT_OF_AN_ENCODER.search(name)}
     vocabulary = int(text.get("vocab_size") or 0)
     matrices = [
-        Matrix(name, (shape[0], shape[1]), _role(name, shape, vocabulary), _BYTES[dtype])
+        Matrix(name, (shape[0], shape[1]), _role(name, shape, vocabulary), FLOATS[dtype])
         for name, (shape, dtype) in tensors.items()
         if len(shape) == 2
     ]
-    heads = [matrix for matrix in matrices if matrix.role == "head"]
-    scores_words = decodes or architecture.endswith(("ForMaskedLM", "WithLMHeadModel"))
-    tied = scores_words and bool(
-        config.get("tie_word_embeddings", text.get("tie_word_embeddings", not heads))
-    )
-    kept = tuple(m for m in matrices if not (tied and m.role == "head"))
-    linears = [m for m in kept if m.role == "linear"]
+    tied = _tied(text, matrices) if decodes or architecture.endswith(_OF_WORDS) else False
     layers, hidden = dimensions(text)
     groups, width = kv_heads(text)
     return ModelShape(
@@ -139,30 +129,31 @@ def read_model(folder: Path) -> ModelShape:
         name=folder.resolve().name,
         architecture=architecture,
         decodes=decodes,
-        matrices=kept,
+        matrices=tuple(m for m in matrices if not (tied and m.role == "head")),
         vectors=sum(prod(shape) for shape, _ in tensors.values() if len(shape) == 1),
-        others_bytes=sum(prod(s) * _BYTES[d] for s, d in tensors.values() if len(s) not in (1, 2)),
+        others_bytes=sum(prod(s) * FLOATS[d] for s, d in tensors.values() if len(s) not in (1, 2)),
         tied=tied,
         layers=layers,
         kv_values=2 * layers * groups * width if decodes else 0,
         kv_heads=groups,
         hidden=hidden,
         intermediate=_first(text, "intermediate_size", "n_inner", "hidden_dim") or 0,
-        widest=max((max(m.shape) for m in linears), default=0),
         positions=_first(text, "max_position_embeddings", "n_positions"),
     )
 
 
-def _read_config(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise InputError(f"{path.parent}: no config.json; give a Hugging Face model folder")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    return raw
+def _architecture(path: Path, config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise InputError(
+            f"{path}: 'architectures' is missing; name the model's class, [\"LlamaForCausalLM\"]"
+        )
+    return names[0]
+
+
+def _tied(config: Mapping[str, Any], matrices: Sequence[Matrix]) -> bool:
+    """Return whether the head is the embedding: as the configuration says, or because the files hold no head."""
+    return bool(config.get("tie_word_embeddings", all(matrix.role != "head" for matrix in matrices)))
 
 
 def _first(config: Mapping[str, Any], *names: str) -> int | None:
@@ -196,30 +187,3 @@ def _role(name: str, shape: tuple[int, ...], vocabulary: int) -> Role:
     if shape[0] == vocabulary:
         return "embedding" if _VOCABULARY.search(last) and last != "embed_out" else "head"
     return "table" if _LOOKED_UP.fullmatch(last) else "linear"
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
-    """Yield name -> (shape, type) of every tensor of floats."""
-    for file in shard_files(folder, read_index(folder / INDEX)):
-        for name, entry in _header(file).items():
-            if name != "__metadata__" and entry["dtype"] in _BYTES:
-                yield name, (tuple(entry["shape"]), entry["dtype"])
-
-
-def _header(path: Path) -> Mapping[str, Any]:
-    """Return the header of a safetensors file: its length in 8 bytes, little end first, then JSON.
-
-    Source: the format's description, https://huggingface.co/docs/safetensors.
-    """
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= _LARGEST_HEADER:
-                raise ValueError(f"a header of {length:,} bytes")
-            header: dict[str, Any] = json.loads(file.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                prod(entry["shape"]), entry["dtype"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: truncated or corrupt ({error}); download the model again") from None
-    return header

@@ -86,7 +86,9 @@ def work_of(
         times = model.repeats if role == "linear" else 1.0
         moved[one.kind] += one.packed_bytes * times
         multiplied[one.kind] += one.matrix.count * times * (1 if once else tokens)
-    name = "decode" if tokens == 1 else f"prefill of {tokens} tokens"
+    name = f"{'prefill' if model.decodes else 'call'} of {tokens} tokens"
+    if model.decodes and tokens == 1:
+        name = "decode"
     cache = model.kv_values * kv_value_bytes * (depth + tokens)
     return Work(name, tokens, moved, multiplied, cache, model.layers)
 

@@ -114,10 +114,7 @@ SHAPING: Mapping[str, Callable[[ModelShape, Mapping[str, Any]], ModelShape | Non
 
 
 def _with(model: ModelShape, matrices: Iterable[Matrix]) -> ModelShape:
-    kept = tuple(matrices)
-    return replace(
-        model, matrices=kept, widest=max((max(m.shape) for m in kept if m.role == "linear"), default=0)
-    )
+    return replace(model, matrices=tuple(matrices))
 
 
 def _last(matrix: Matrix) -> str:
