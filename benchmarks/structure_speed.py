@@ -2,11 +2,13 @@
 
     python benchmarks/structure_speed.py examples/pycode-5m --calibration FILE --format executorch --format onnx
     python benchmarks/structure_speed.py smollm2-135m --uniform --format executorch --format onnx
+    python benchmarks/structure_speed.py smollm2-135m --layers 6
 
 A name of geometries.py has random weights: speed follows from shapes alone. Without --calibration the text is random
 too. --fraction is of the neurons; 5/18 of them are a fifth of the layers of a Llama whose MLP is three quarters of a
-layer. Weights, embedding and head in 8 bits, one thread; time is that of the processor, which a machine that is shared
-with other work still tells. Ratios are of neighbours in turn, their median and quartiles.
+layer. --layers takes whole layers instead, the last ones: which they are makes no difference here. Weights, embedding
+and head in 8 bits, one thread; time is that of the processor, which a machine that is shared with other work still
+tells. Ratios are of neighbours in turn, their median and quartiles.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from geometries import GEOMETRIES, make
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.compression.calibration import Calibration, read_calibration
+from slm_export.compression.depth import with_layers
 from slm_export.compression.workbench import Workbench
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.optimizers.prune_neurons import PruneNeurons
@@ -110,6 +113,7 @@ def main() -> None:
     parser.add_argument("model", help=f"a folder, or one of {', '.join(GEOMETRIES)}")
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--fraction", type=float, default=5 / 18)
+    parser.add_argument("--layers", type=int, default=0, help="take so many layers, and no neurons")
     parser.add_argument("--uniform", action="store_true", help="equally many neurons from every layer")
     parser.add_argument("--format", dest="formats", action="append", help="[executorch]")
     parser.add_argument("--runs", type=int, default=24)
@@ -121,8 +125,11 @@ def main() -> None:
         text = random_text(source)
         if asked.calibration:
             text = read_calibration(asked.calibration, tokenizer, source.task, source.positions)
-        step = PruneNeurons(fraction=asked.fraction, multiple=32, uniform=asked.uniform)
-        pruned = step.run(source, Workbench(calibration=text)).checkpoint
+        if asked.layers:
+            pruned = with_layers(source, range(source.config.num_hidden_layers - asked.layers), "benchmark")
+        else:
+            step = PruneNeurons(fraction=asked.fraction, multiple=32, uniform=asked.uniform)
+            pruned = step.run(source, Workbench(calibration=text)).checkpoint
         print(f"{asked.model}: body -{1 - body(pruned) / body(source):.1%}", flush=True)
         eight = GroupQuantize(bits=8, embedding_bits=8)
         models = {"unpruned": eight.run(source).checkpoint, "pruned": eight.run(pruned).checkpoint}

@@ -12,6 +12,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
+from conftest import Cli
 from families import ids_of
 from small_models import random_text
 
@@ -182,3 +183,47 @@ def test_a_fault_is_caught_by_both_checks(
     (exact,) = exporter.own_checks(path, eight.checkpoint, TOKENS)
     assert not codes.passed
     assert not exact.passed
+
+
+PROFILE = """
+schema  = 1
+name    = "sparse"
+title   = "A sparse model"
+target  = "linux"
+formats = ["coreml"]
+context = 256
+
+[memory]
+total_gb = { value = 8, source = "made up for a test" }
+
+[[recipe]]
+pass  = "sparsify"
+block = 4
+
+[[recipe]]
+pass           = "group-quantize"
+bits           = 8
+embedding_bits = 8
+
+[gates]
+max_kl_mean          = 0.2
+min_top1_agreement   = 0.75
+max_perplexity_ratio = 1.2
+min_greedy_agreement = 0.3
+"""
+
+
+@pytest.mark.slow
+def test_a_sparse_model_goes_all_the_way(pycode: Path, tmp_path: Path, cli: Cli) -> None:
+    profile, out = tmp_path / "sparse.toml", tmp_path / "out"
+    profile.write_text(PROFILE)
+    made = cli(pycode, "--device", profile, "--no-bench", "--out", out, "--json", timeout=900)
+    assert made.returncode == 0, made.stderr
+    report = json.loads(made.stdout)
+    assert any(note.startswith("sparsify: 50% of 4,718,592 values are 0") for note in report["notes"])
+    (artifact,) = report["artifacts"]
+    linear, vocabulary = 4_718_592, 4096 * 256
+    # A bit for each value of a linear layer and 8 for every second, 8 for each of the vocabulary. Scales and program
+    # come on top; a little less is left where values that stayed are rounded to 0.
+    weights = linear * 5 // 8 + vocabulary
+    assert 0.98 * weights < artifact["bytes"] < 1.15 * weights

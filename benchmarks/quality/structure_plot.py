@@ -57,7 +57,7 @@ def draw(before: list[Bar], after: list[Bar], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("increase of log perplexity on held-out files, with standard error")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper right")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
