@@ -61,7 +61,8 @@ def slopes(source: Checkpoint, ids: Tensor, mask: Tensor, hear: Hear) -> int:
 
 def _drawn(task: str, said: Tensor, mask: Tensor) -> tuple[Tensor, int]:
     """Return a sum whose squared slopes are the Fisher information in the mean, and over how many outputs it is."""
-    signs = torch.randint(0, 2, said.shape, generator=torch.Generator().manual_seed(_SEED)) * 2.0 - 1
+    generator = torch.Generator().manual_seed(_SEED)
+    signs = torch.randint(0, 2, said.shape, generator=generator, dtype=torch.float32).mul_(2).sub_(1)
     if task == EMBEDDING:
         return (nn.functional.normalize(said, dim=-1) * signs).sum(), len(said)
     said = said.log_softmax(-1)
