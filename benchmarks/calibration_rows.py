@@ -15,6 +15,8 @@ from slm_export.planning.sizes import sizes_of
 from slm_export.planning.storage import Stored, store
 
 HERE = Path(__file__).resolve().parent
+CONTEXT = 2048
+"""Tokens of the cache, in every file whose size is known."""
 Row = Mapping[str, Any]
 
 
@@ -92,7 +94,7 @@ def size_of(data: Mapping[str, Any], row: Row) -> int:
     """Return the predicted bytes of a row's file."""
     shape = shape_of(data, row)
     stored = stored_of(shape, row)
-    size = sizes_of(shape, stored, row["runtime"]).total
+    size = sizes_of(shape, stored, row["runtime"], CONTEXT).total
     wider = row.get("group_scale", 0) - FORMATS[row["runtime"]].group_scale
     if wider > 0:
         size += sum(wider * (one.matrix.count // one.group) for one in stored if one.bits == 4)

@@ -172,7 +172,7 @@ def test_every_constant_is_a_share_or_a_rate() -> None:
 
 @pytest.mark.parametrize("limit", [20 << 20, 40 << 20, 21_500_000])
 def test_the_longest_context_is_the_last_that_fits(model: ModelShape, limit: int) -> None:
-    file = sizes_of(model, store(model, INT4)[0], "executorch").total
+    file = sizes_of(model, store(model, INT4)[0], "executorch", 0).total
     longest = longest_context(model, file, "executorch", limit)
     assert longest is not None
     if longest:
@@ -193,6 +193,28 @@ def test_the_cache_grows_with_the_context_and_its_precision(model: ModelShape, t
 
 
 # The command
+
+
+def test_a_package_holds_the_angles_of_its_context(model: ModelShape) -> None:
+    stored, _ = store(model, INT4)
+    longer, shorter = (sizes_of(model, stored, "coreml", tokens).total for tokens in (1024, 512))
+    assert longer - shorter == 512 * 64 * 2 * 2  # cosine and sine in float16, of heads of 64
+    same = {sizes_of(model, stored, "executorch", tokens).total for tokens in (1024, 512)}
+    assert len(same) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["executorch", "litert", "onnx", "coreml"])
+def test_a_planned_file_is_as_large_as_the_real_one(format: str, tmp_path: Path) -> None:
+    folder = str(Path(__file__).resolve().parent.parent / "examples" / "pycode-5m")
+    asked = (folder, "--target", "ios" if format == "coreml" else "android", "--format", format)
+    out = tmp_path / "bundle"
+    made = CliRunner().invoke(
+        cli, ["export", *asked, "--no-verify", "--no-bench", "--out", str(out), "--json"]
+    )
+    assert made.exit_code == 0, made.output
+    (real,) = json.loads((out / "manifest.json").read_text())["artifacts"]
+    assert planned(*asked)["artifact_bytes"] == pytest.approx(real["bytes"], rel=0.02)
 
 
 def test_a_plan_tells_all_of_one_device(tmp_path: Path) -> None:

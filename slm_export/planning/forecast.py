@@ -78,7 +78,7 @@ def forecast(
     model, untold = shaped(model, recipe)
     stored, notes = store(model, recipe)
     room = _context(model, profile, context)
-    sizes = sizes_of(model, stored, format)
+    sizes = sizes_of(model, stored, format, room)
     memory = memory_of(model, sizes.total, room, format)
     limit, whole = _limit(profile)
     fits = _fits(memory, limit, whole)
@@ -169,15 +169,18 @@ def _unknown(
         why["decode"] = reason if model.decodes else "an encoder writes no tokens"
     if speed.prefill_tokens_per_s is None:
         known = machine.bytes_per_s is not None and constants.per_cycle and machine.cycles_per_s is None
-        clocks = (
-            f"profile {profile.name} states no clocks, or cores without i8mm, of which no figure was found"
-        )
-        if profile.target == "host":
-            clocks = "multiply-adds were measured on processors with AVX-512 VNNI alone"
-        why["prefill"] = clocks if known else reason
+        why["prefill"] = _no_rate(profile) if known else reason
     if conversion_of(model, format) is None:
         why["conversion"] = f"the time of converting to {format} was not measured"
     return why
+
+
+def _no_rate(profile: DeviceProfile) -> str:
+    if profile.target == "host":
+        return "multiply-adds were measured on processors with AVX-512 VNNI alone"
+    if profile.cpu and profile.cpu.isa and "i8mm" not in profile.cpu.isa.features:
+        return f"the cores of {profile.name} have no i8mm, and no published figure of such cores was found"
+    return f"profile {profile.name} states no clocks"
 
 
 def _kv_table(model: ModelShape, context: int) -> dict[int, dict[str, int]]:
@@ -193,12 +196,12 @@ def _kv_table(model: ModelShape, context: int) -> dict[int, dict[str, int]]:
 
 def _nearest(model: ModelShape, recipe: Recipe, format: str, context: int, limit: int) -> str | None:
     """Return the options of the largest recipe that fits; at last with a shorter context."""
-    total = sizes_of(model, store(model, recipe)[0], format).total
+    total = sizes_of(model, store(model, recipe)[0], format, context).total
     at_most: list[tuple[str, int]] = []
     for words, other in smaller(recipe):
         if any(one.matrix.shape[1] % one.group for one in store(model, other)[0] if one.group):
             continue
-        size = sizes_of(model, store(model, other)[0], format).total
+        size = sizes_of(model, store(model, other)[0], format, context).total
         if size < total:
             at_most.append((words, size))
     for words, size in at_most:

@@ -34,13 +34,15 @@ class Format:
     memory: float
     """Bytes of memory for a byte of the file, and for a model of no size (MiB), of the runtime on the host."""
     runtime_mb: float
+    rotary: int = 0
+    """Bytes of the angles of a position, for each value of a head, where the program holds them as tables."""
 
 
 FORMATS: Mapping[str, Format] = {
     "executorch": Format(2, 4, 4, 4, 0, 0, 20_000, 11_000, False, 1.57, 15),
     "litert": Format(2, 12, 0, 4, 350, 0, 40_000, 21_400, True, 1.73, 30),
     "onnx": Format(4, 8, 0, 4, 0, 1_250, 10_000, 4_000, False, 2.17, 30),
-    "coreml": Format(2, 2, 0, 2, 0, 0, 40_000, 60_000, False, 1.0, 0),
+    "coreml": Format(2, 2, 0, 2, 0, 0, 10_000, 45_000, False, 1.0, 0, 4),
 }
 
 

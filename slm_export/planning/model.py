@@ -90,6 +90,13 @@ class ModelShape:
         """Values of the largest matrix over the vocabulary; it is lowered as a whole."""
         return max((m.count for m in self.matrices if m.role in ("embedding", "head")), default=0)
 
+    @property
+    def head_width(self) -> int:
+        """Values of a head whose positions are rotated; 0 where there is no cache, or a table of positions."""
+        if not self.kv_values or any(matrix.role == "table" for matrix in self.matrices):
+            return 0
+        return self.kv_values // (2 * self.layers * self.kv_heads)
+
     @cached_property
     def widest(self) -> int:
         """Columns or rows of the widest linear layer."""

@@ -29,8 +29,8 @@ class Sizes:
         return self.body + self.embedding + self.head + self.tokenizer
 
 
-def sizes_of(model: ModelShape, stored: Sequence[Stored], format: str) -> Sizes:
-    """Return what each part takes in a file of a format."""
+def sizes_of(model: ModelShape, stored: Sequence[Stored], format: str, context: int) -> Sizes:
+    """Return what each part takes in a file of a format, with a cache of so many tokens."""
     known = FORMATS[format]
 
     def of(*roles: str) -> int:
@@ -41,6 +41,7 @@ def sizes_of(model: ModelShape, stored: Sequence[Stored], format: str) -> Sizes:
         )
 
     rest = known.vector * model.vectors + model.others_bytes + known.program + known.block * model.layers
+    rest += known.rotary * context * model.head_width
     return Sizes(of("linear") + rest, of("embedding", "table"), of("head"), _tokenizer(model, format))
 
 
