@@ -332,3 +332,12 @@ def test_a_plan_needs_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_this_machine_reads_memory() -> None:
+    from slm_export.planning.machines import this_machine
+
+    found = this_machine()
+    assert found.bytes_per_s is not None
+    assert 1e8 < found.bytes_per_s < 1e13
+    assert found.cycles_per_s is None or 1e8 < found.cycles_per_s < 1e13

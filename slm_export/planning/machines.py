@@ -13,7 +13,9 @@ from slm_export.profile import DeviceProfile
 
 THREADS = 4
 """Cores that a runtime uses on a phone: the fastest ones."""
-_SWEEP = 64 << 20  # bytes of each thread: beyond the caches, and done in a few hundredths of a second
+_SWEEP = (
+    128 << 20
+)  # bytes of all threads together: beyond the caches, and done in a few hundredths of a second
 _KERNELS = ("i8mm",)
 """The instruction set that the fitted rates of multiply-adds are of; of cores without it nothing was published."""
 
@@ -56,7 +58,7 @@ def this_machine() -> Machine:
 def _read_bandwidth(cores: int) -> float:
     import numpy as np
 
-    blocks = [np.ones(_SWEEP >> 3) for _ in range(cores)]
+    blocks = [np.ones((_SWEEP >> 3) // cores) for _ in range(cores)]
     seconds = []
     for _ in range(3):
         threads = [threading.Thread(target=block.sum) for block in blocks]
@@ -66,7 +68,7 @@ def _read_bandwidth(cores: int) -> float:
         for thread in threads:
             thread.join()
         seconds.append(time.perf_counter() - began)
-    return cores * _SWEEP / min(seconds)
+    return sum(block.nbytes for block in blocks) / min(seconds)
 
 
 def _hertz() -> float | None:
