@@ -221,9 +221,9 @@ def test_a_sparse_model_goes_all_the_way(pycode: Path, tmp_path: Path, cli: Cli)
     assert made.returncode == 0, made.stderr
     report = json.loads(made.stdout)
     assert any(note.startswith("sparsify: 50% of 4,718,592 values are 0") for note in report["notes"])
-    (artifact,) = report["artifacts"]
+    (written,) = report["formats"]
     linear, vocabulary = 4_718_592, 4096 * 256
     # A bit for each value of a linear layer and 8 for every second, 8 for each of the vocabulary. Scales and program
     # come on top; a little less is left where values that stayed are rounded to 0.
     weights = linear * 5 // 8 + vocabulary
-    assert 0.98 * weights < artifact["bytes"] < 1.15 * weights
+    assert 0.98 * weights < written["artifact"]["bytes"] < 1.15 * weights

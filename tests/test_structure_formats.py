@@ -136,7 +136,7 @@ schema  = 1
 name    = "narrow"
 title   = "A narrower model"
 target  = "linux"
-formats = ["executorch"]
+formats = ["executorch", "litert", "onnx", "coreml"]
 context = 256
 
 [memory]
@@ -163,9 +163,13 @@ min_greedy_agreement = 0.7
 def test_a_narrower_model_goes_all_the_way(pycode: Path, tmp_path: Path, cli: Cli) -> None:
     profile, out = tmp_path / "narrow.toml", tmp_path / "out"
     profile.write_text(PROFILE)
-    made = cli(pycode, "--target", "linux", "--device", profile, "--out", out, "--json", timeout=900)
+    formats = ("executorch", "litert", "onnx", "coreml")
+    chosen = [part for name in formats for part in ("--format", name)]
+    asked = ("--target", "linux", "--device", profile, *chosen, "--no-bench", "--out", out, "--json")
+    made = cli(pycode, *asked, timeout=900)
     assert made.returncode == 0, made.stderr
     report = json.loads(made.stdout)
+    assert {each["artifact"]["format"] for each in report["formats"]} == set(formats)
     row = next(row for row in report["passes"] if row["name"] == "prune-neurons")
     # 4 of 18 multiples of 256 neurons, three rows of 256 bfloat16 values each.
     assert row["bytes_before"] - row["bytes_after"] == 4 * 256 * 3 * 256 * 2
