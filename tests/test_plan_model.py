@@ -206,6 +206,22 @@ def test_no_value_is_read(tmp_path: Path) -> None:
     assert read_model(tmp_path).parameters == 64_000
 
 
+@pytest.mark.parametrize("said", [True, False, None])
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_head_is_tied_as_said_or_where_none_is_stored(
+    stored: bool, said: bool | None, tmp_path: Path
+) -> None:
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (100, 64)}
+    if stored:
+        tensors["lm_head.weight"] = (100, 64)
+    config = {} if said is None else {"tie_word_embeddings": said}
+    write_headers(tmp_path, tensors, vocab_size=100, **config)
+    model = read_model(tmp_path)
+    tied = not stored if said is None else said
+    assert model.tied == tied
+    assert sum(m.role == "head" for m in model.matrices) == (stored and not tied)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
