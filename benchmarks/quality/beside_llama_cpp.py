@@ -16,7 +16,7 @@ import ctypes
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -202,13 +202,17 @@ def measure(read: Reader, expected: list[Tensor], windows: Windows) -> tuple[Ten
     return kl, increase, agreement
 
 
-def readers(source: Checkpoint, calibration: Windows, folder: Path) -> Iterator[tuple[str, int, Reader]]:
-    """Yield llama.cpp's files: name, bytes and reader."""
+def readers(
+    source: Checkpoint, calibration: Windows, folder: Path, schemes: Collection[str]
+) -> Iterator[tuple[str, int, Reader]]:
+    """Yield llama.cpp's files, first the one that nothing is quantized in: name, bytes and reader."""
     whole = folder / "f32.gguf"
     write_gguf(source, whole)
-    yield "llama.cpp F32 (the conversion is right)", whole.stat().st_size, llama_cpp_reader(whole)
+    if len(schemes) == len(SCHEMES):
+        yield "llama.cpp F32 (the conversion is right)", whole.stat().st_size, llama_cpp_reader(whole)
     matrix = importance(source, calibration)
-    for name, ftype in SCHEMES.items():
+    for name in schemes:
+        ftype = SCHEMES[name]
         for weights, label in ((None, name), (matrix, f"{name} + imatrix")):
             if weights is not None and name == "Q8_0":
                 continue
@@ -225,6 +229,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--bundle", type=Path, action="append", default=[])
     parser.add_argument("--tokens", type=int, default=300 * WINDOW)
+    parser.add_argument("--scheme", action="append", choices=SCHEMES, help="Of llama.cpp's. [default: all]")
     arguments = parser.parse_args()
     source, tokenizer = load_checkpoint(arguments.model), SourceTokenizer.load(arguments.model)
     bos = tokenizer.bos_id if tokenizer.adds_bos else None
@@ -245,7 +250,9 @@ def main() -> None:
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         rows = [artifact_reader(bundle) for bundle in arguments.bundle]
-        for name, size, read in itertools.chain(rows, readers(source, calibration, Path(folder))):
+        for name, size, read in itertools.chain(
+            rows, readers(source, calibration, Path(folder), arguments.scheme or SCHEMES)
+        ):
             figures = measure(read, expected, windows)
             spread = [f"{f.mean():.4f} ± {f.std() / len(f) ** 0.5:.4f}" for f in figures]
             table.add_row(name, f"{size / 1e6:.2f}", *spread)
