@@ -89,7 +89,9 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
         for exporter in plan.exporters:
             artifact = _write(exporter, checkpoint, options, staging.path, progress)
             runner = staging.path / runners.get(exporter.name, OWN_TOKENIZER)
-            subject = Subject(exporter, artifact.path, source.task, tokenizer, runner, documents, gates)
+            subject = Subject(
+                exporter, artifact.path, source.task, tokenizer, runner, documents, gates, options.context
+            )
             subjects.append((artifact, subject))
         results, pairs, more = _prove(plan, subjects, source, checkpoint, progress)
         notes += more

@@ -34,6 +34,8 @@ class Subject:
     """The tokenizer file that the vendor's runner is given."""
     documents: Sequence[str]
     gates: Gates
+    context: int
+    """What the bundle says of the artifact: positions of a decoder's cache, the longest input of an encoder."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def judge_artifact(
                 )
         traced = _trace(subject, session) if trace else None
         return Judgement(
-            (*more, codes, *own, *checks, *verdict.checks, *kept),
+            (*more, codes, *own, _judge_context(subject, session), *checks, *verdict.checks, *kept),
             (*notes, *verdict.notes, *_words(quality)),
             quality,
             traced,
@@ -136,7 +138,8 @@ def self_check(subject: Subject, *, trace: bool = False) -> Judgement:
         if isinstance(session, DecoderSession):
             checks, notes = _self_checks(subject, session)
         traced = _trace(subject, session) if trace else None
-        return Judgement((*checks, *verdict.checks), (*notes, *verdict.notes), trace=traced)
+        found = (_judge_context(subject, session), *checks, *verdict.checks)
+        return Judgement(found, (*notes, *verdict.notes), trace=traced)
     finally:
         session.close()
 
@@ -151,6 +154,15 @@ def _self_checks(subject: Subject, session: DecoderSession) -> tuple[tuple[Check
         subject.exporter, subject.path, subject.runner_tokenizer, subject.tokenizer, session, prompt
     )
     return (stops, text), ()
+
+
+def _judge_context(subject: Subject, session: DecoderSession | EncoderSession) -> Check:
+    """Hold what the file has room for against what an app is told."""
+    same = session.context == subject.context
+    detail = f"room for {session.context} tokens" + (
+        "" if same else f", where the bundle says {subject.context}"
+    )
+    return Check("context", same, detail)
 
 
 def _elsewhere(subject: Subject) -> tuple[str, ...]:

@@ -92,7 +92,8 @@ def _judge_all(
     for entry in manifest.artifacts:
         runner = _runner_tokenizer(folder, manifest, entry.format)
         made, path = exporter(entry.format), folder / entry.path
-        subject = Subject(made, path, manifest.model.task, tokenizer, runner, documents, manifest.gates)
+        task, context = manifest.model.task, int(manifest.runtime["context"])
+        subject = Subject(made, path, task, tokenizer, runner, documents, manifest.gates, context)
         if made_from is None:
             with progress.stage(f"open {entry.format}"):
                 judged = self_check(subject, trace=several)

@@ -1,0 +1,180 @@
+"""The models that faults are planted in, and what the gate says of an artifact of them."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from fault import Fault
+from models import save
+
+from slm_export import judge
+from slm_export.checkpoint import Checkpoint
+from slm_export.errors import SlmExportError
+from slm_export.evaltext import load_documents
+from slm_export.fidelity import References, default_gates, tokens
+from slm_export.judge import Subject, judge_artifact
+from slm_export.optimizers.group_quantize import GroupQuantize
+from slm_export.parity import judge_codes, quantized_weights
+from slm_export.progress import Progress
+from slm_export.registry import exporter, target
+from slm_export.results import Check
+from slm_export.runtime import DecoderSession, Exporter, ExportOptions, Session
+from slm_export.source.load import load_checkpoint
+from slm_export.tokenization.tokenizer import SourceTokenizer
+
+CONTEXT = 512
+TOKENS = 1024
+"""Of held-out text: a quarter of what an export is judged on, so that a hundred exports end within the hour."""
+
+
+@dataclass(frozen=True)
+class Caught:
+    """What the gate says of one artifact."""
+
+    failed: tuple[Check, ...]
+    """Checks that did not pass."""
+    refused: str = ""
+    """Why there was nothing to check: the artifact could not be written, opened or run."""
+
+    @property
+    def by(self) -> str:
+        """The names of what raised the alarm; nothing, where nothing did."""
+        return "refused" if self.refused else ", ".join(check.name for check in self.failed)
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A fault with the references that its gate holds the artifact against."""
+
+    source: Checkpoint
+    quantized: Checkpoint
+    tokenizer: SourceTokenizer
+    folder: Path
+
+    @functools.cached_property
+    def references(self) -> References:
+        """What source and quantized model say of the text, kept for the next artifact."""
+        self.folder.mkdir(parents=True)
+        return References(self.source, self.quantized, self.folder)
+
+
+GOOD = Fault("none", "none")
+"""What no alarm may be raised at."""
+
+
+class Workshop:
+    """Models made once, in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._made: dict[str, Planted] = {}
+
+    def gate(self, fault: Fault, format: str) -> Caught:
+        """Write a model with a fault, and ask the default gate."""
+        try:
+            return self._judged(fault, format)
+        except SlmExportError as error:
+            return Caught((), str(error))
+
+    def _judged(self, fault: Fault, format: str) -> Caught:
+        planted = self._planted(fault)
+        task, made = planted.source.task, exporter(format)
+        made.ready()
+        work = self._written(fault, planted, made)
+        path, runner = work / made.file(task), work / made.runner_tokenizer(work)
+        # The gate asks all its questions; here the first alarm is enough.
+        codes = judge_codes(made.stored(path), quantized_weights(planted.quantized))
+        if not codes.passed:
+            return Caught((codes,))
+        subject = Subject(
+            _Faulty(made, fault),  # type: ignore[arg-type]
+            path,
+            task,
+            planted.tokenizer,
+            runner,
+            _documents(),
+            default_gates(task, fault.bits),
+            CONTEXT,
+        )
+        with patch.object(tokens, "TOKENS", TOKENS), patch.object(judge, "TOKENS", TOKENS):
+            judged = judge_artifact(subject, planted.references, Progress(silent=True))
+        return Caught(tuple(check for check in judged.checks if not check.passed))
+
+    def _written(self, fault: Fault, planted: Planted, made: Exporter) -> Path:
+        """Return a bundle with the artifact; one that has no fault itself is written once."""
+        plain = replace(GOOD, model=fault.model, bits=fault.bits)
+        good = (
+            replace(plain, session=fault.session, name=fault.name, kind=fault.kind, formats=fault.formats)
+            == fault
+        )
+        work = self._folder / (f"good-{fault.model}-{fault.bits}-{made.name}" if good else "bundle")
+        if good and work.exists():
+            return work
+        shutil.rmtree(work, ignore_errors=True)
+        target("android").bundle(planted.tokenizer, work)
+        fault.tokenizer(work / "tokenizer")
+        path = work / made.file(planted.source.task)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made.runner_tokenizer(work)
+        with fault.writing():
+            made.write(fault.written(planted.quantized), self._options(fault, planted, work), path)
+        return work
+
+    def _options(self, fault: Fault, planted: Planted, work: Path) -> ExportOptions:
+        tokenizer = planted.tokenizer
+        return fault.options(
+            ExportOptions(
+                context=CONTEXT,
+                stop_ids=tokenizer.stop_ids,
+                bos_id=tokenizer.bos_id,
+                pad_id=tokenizer.pad_id,
+                adds_bos=tokenizer.adds_bos,
+                chat_template=tokenizer.chat_template,
+                tokenizer=work / "tokenizer",
+            )
+        )
+
+    def _planted(self, fault: Fault) -> Planted:
+        spoilt = fault.name if fault.made is not Fault.made else ""
+        key = f"{fault.model}-{fault.bits}-{spoilt}"
+        if key not in self._made:
+            source = load_checkpoint(self._model(fault.model))
+            recipe = GroupQuantize(bits=fault.bits, group=32, embedding_bits=8)
+            quantized = fault.made(recipe.run(source).checkpoint)
+            tokenizer = SourceTokenizer.load(source.folder)
+            kept = self._folder / f"kept-{len(self._made)}"
+            self._made[key] = Planted(source, quantized, tokenizer, kept)
+        return self._made[key]
+
+    def _model(self, name: str) -> Path:
+        folder = self._folder / name.replace(" ", "-")
+        if not folder.exists():
+            save(name, folder)
+        return folder
+
+
+class _Faulty:
+    """An exporter whose runtime has a fault."""
+
+    def __init__(self, made: Exporter, fault: Fault) -> None:
+        self._made, self._fault = made, fault
+
+    def open(self, path: Path, task: str) -> Session:
+        """Open the artifact."""
+        session = self._made.open(path, task)
+        assert isinstance(session, DecoderSession)
+        return self._fault.session(session)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._made, name)
+
+
+@functools.lru_cache
+def _documents() -> Sequence[str]:
+    return load_documents(None)
