@@ -197,8 +197,7 @@ context = 256
 total_gb = { value = 8, source = "made up for a test" }
 
 [[recipe]]
-pass  = "sparsify"
-block = 4
+pass = "sparsify"
 
 [[recipe]]
 pass           = "group-quantize"
@@ -207,8 +206,8 @@ embedding_bits = 8
 
 [gates]
 max_kl_mean          = 0.2
-min_top1_agreement   = 0.75
-max_perplexity_ratio = 1.2
+min_top1_agreement   = 0.7
+max_perplexity_ratio = 1.3
 min_greedy_agreement = 0.3
 """
 
