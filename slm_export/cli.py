@@ -237,7 +237,7 @@ def plan(as_json: bool, **asked: Any) -> None:
 @options.JSON
 def devices(name: str | None, as_json: bool) -> None:
     """List the device profiles, or show the one called NAME (or in FILE.toml)."""
-    from slm_export.commands.bundles import devices_command
+    from slm_export.commands.devices import devices_command
 
     devices_command(name, as_json)
 

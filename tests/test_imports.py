@@ -112,3 +112,15 @@ def test_the_command_line_needs_no_torch_to_answer() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--target android" in done.stdout
+
+
+def test_a_list_of_devices_needs_no_torch() -> None:
+    script = (
+        "import sys; from slm_export.cli import cli\n"
+        "cli.main(['devices'], standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "pixel-8" in done.stdout

@@ -1,23 +1,19 @@
-"""What each command does, and how its outcome is shown. Imported only once a command is known to run."""
+"""What ``export``, ``verify``, ``run`` and ``bench`` do, and how their outcome is shown."""
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.text import Text
 
+from slm_export.commands.terminal import print_json, stdout, working
 from slm_export.compilation import Request, make_plan
 from slm_export.errors import GateError, InputError
 from slm_export.native_log import kept_from_terminal
-from slm_export.profile import load_profile, shipped_profiles
-from slm_export.progress import Progress, StderrConsole
 from slm_export.reports.junit import Cases
 from slm_export.reports.words import figure, limit, printable
 from slm_export.source.tasks import GENERATION
@@ -156,40 +152,6 @@ def bench_command(request: BenchRequest, as_json: bool) -> None:
         print_json(to_json(found))
     else:
         print_measurements(stdout(), found)
-
-
-def devices_command(name: str | None, as_json: bool) -> None:
-    """List the profiles, or show one."""
-    from slm_export.profile_view import print_profile, print_profiles
-
-    profiles = (load_profile(name),) if name else shipped_profiles()
-    if as_json:
-        shown = [profile.model_dump(mode="json", by_alias=True, exclude_none=True) for profile in profiles]
-        print_json(shown[0] if name else shown)
-    elif name:
-        print_profile(stdout(), profiles[0])
-    else:
-        print_profiles(stdout(), profiles)
-
-
-@contextmanager
-def working() -> Iterator[Progress]:
-    """Show progress on the real stderr, and keep the compilers' own words away from it."""
-    # Set before transformers is imported: neither notes on other frameworks nor network calls are wanted.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with kept_from_terminal() as stderr:
-        yield Progress(StderrConsole(stderr))
-
-
-def stdout() -> Console:
-    """Return where outcomes are printed."""
-    return Console(soft_wrap=False, highlight=False)
-
-
-def print_json(document: object) -> None:
-    """Print the one JSON document of a command."""
-    print(json.dumps(document, ensure_ascii=False, indent=2))
 
 
 def _as_typed(out: Path) -> Path:

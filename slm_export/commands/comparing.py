@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from slm_export.commands.bundles import print_json, stdout, working
+from slm_export.commands.terminal import print_json, stdout, working
 from slm_export.errors import GateError, InputError
 from slm_export.reports.codes import by_block, share_changed
 from slm_export.reports.compared import read_bundles

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from slm_export.commands.bundles import print_json, stdout, working
+from slm_export.commands.terminal import print_json, stdout, working
 from slm_export.compilation import Request, make_plan
 from slm_export.errors import InputError
 from slm_export.reports.words import printable
