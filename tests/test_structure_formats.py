@@ -166,7 +166,7 @@ def test_a_narrower_model_goes_all_the_way(pycode: Path, tmp_path: Path, cli: Cl
     formats = ("executorch", "litert", "onnx", "coreml")
     chosen = [part for name in formats for part in ("--format", name)]
     asked = ("--target", "linux", "--device", profile, *chosen, "--no-bench", "--out", out, "--json")
-    made = cli(pycode, *asked, timeout=900)
+    made = cli(pycode, *asked, timeout=1800)
     assert made.returncode == 0, made.stderr
     report = json.loads(made.stdout)
     assert {each["artifact"]["format"] for each in report["formats"]} == set(formats)
@@ -175,5 +175,5 @@ def test_a_narrower_model_goes_all_the_way(pycode: Path, tmp_path: Path, cli: Cl
     assert row["bytes_before"] - row["bytes_after"] == 4 * 256 * 3 * 256 * 2
     assert any("1,024 of 4,608 neurons removed" in note for note in report["notes"])
     # The same passes on the same text give the same codes again.
-    verified = cli("verify", out, "--source", pycode, "--json", timeout=900)
+    verified = cli("verify", out, "--source", pycode, "--json", timeout=1800)
     assert verified.returncode == 0, verified.stdout + verified.stderr
