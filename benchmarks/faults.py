@@ -31,6 +31,7 @@ def main() -> int:
     asked.add_argument("--name", action="append", help="only faults whose name holds this")
     asked.add_argument("--model", action="append")
     asked.add_argument("--json", type=Path, help="write the rows here too")
+    asked.add_argument("--markdown", type=Path, help="write a table of them here")
     options = asked.parse_args()
     rows = []
     with TemporaryDirectory() as folder:
@@ -57,9 +58,27 @@ def main() -> int:
                 )
                 if options.json:
                     options.json.write_text(json.dumps(rows, indent=1))
+    if options.markdown:
+        options.markdown.write_text(_table(rows), encoding="utf-8")
     missed = [row for row in rows if not row["caught"]]
     print(f"{len(rows)} artifacts with a fault, {len(missed)} missed")
     return 1 if missed else 0
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+    """Return a line for each fault, a column for each format with the first check that failed."""
+    formats = [name for name in FORMATS if any(row["format"] == name for row in rows)]
+    lines = [["kind", "fault", "model", *formats], ["---"] * (3 + len(formats))]
+    for fault in dict.fromkeys((row["kind"], row["fault"], row["model"]) for row in rows):
+        by = {row["format"]: row for row in rows if (row["kind"], row["fault"], row["model"]) == fault}
+        lines.append([*fault, *(_first(by.get(name)) for name in formats)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _first(row: dict[str, str] | None) -> str:
+    if row is None:
+        return ""
+    return f"`{row['caught'].split(', ')[0]}`" if row["caught"] else "**missed**"
 
 
 def _said(caught: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slm_export import fidelity
@@ -15,7 +15,7 @@ from slm_export.parity import Trace, judge_codes, quantized_weights, trace_of
 from slm_export.progress import Progress
 from slm_export.results import Check, Quality, TokenQuality
 from slm_export.runtime import DecoderSession, EncoderSession, Exporter
-from slm_export.tokenization.tokenizer import SourceTokenizer
+from slm_export.tokenization.tokenizer import OWN_TOKENIZER, SourceTokenizer
 from slm_export.vendor_text import judge_vendor_text
 
 _LONG_TEXTS = 2
@@ -31,7 +31,7 @@ class Subject:
     tokenizer: SourceTokenizer
     """The artifact's: the source's own, unless a pass took tokens away."""
     runner_tokenizer: Path
-    """The tokenizer file that the vendor's runner is given."""
+    """The tokenizer file that the vendor's runner is given, in a folder of the bundle."""
     documents: Sequence[str]
     gates: Gates
     context: int
@@ -175,12 +175,17 @@ def _elsewhere(subject: Subject) -> tuple[str, ...]:
 
 
 def _judge_tokenizer(subject: Subject) -> fidelity.TokenizerVerdict:
-    return fidelity.judge_tokenizer(
+    verdict = fidelity.judge_tokenizer(
         subject.tokenizer,
         lambda: subject.exporter.open_tokenizer(subject.path, subject.runner_tokenizer, subject.task),
         subject.task,
         subject.gates,
     )
+    # A runner's own file may be in other words than the source's (`phone_tokenizer`); the bundle's is the source's.
+    file = fidelity.judge_tokenizer_file(
+        subject.tokenizer, subject.runner_tokenizer.parent.parent / OWN_TOKENIZER
+    )
+    return replace(verdict, checks=(*verdict.checks, file))
 
 
 def _trace(subject: Subject, session: DecoderSession | EncoderSession) -> Trace:

@@ -20,6 +20,7 @@ from slm_export.fidelity.tokenizers import (
     TokenizerVerdict,
     judge_stop_tokens,
     judge_tokenizer,
+    judge_tokenizer_file,
     judge_vocabulary,
 )
 from slm_export.fidelity.tokens import judge_decoder
@@ -32,6 +33,7 @@ __all__ = [
     "judge_encoder",
     "judge_stop_tokens",
     "judge_tokenizer",
+    "judge_tokenizer_file",
     "judge_vocabulary",
     "references",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from slm_export.fidelity.vocabularies import FewerTokens
 from slm_export.gates import Gates
@@ -52,10 +53,7 @@ def judge_tokenizer(
         )
     if runtime is None:
         return TokenizerVerdict(notes=(NO_TOKENIZER,))
-    chat = source.render_chat("What is the capital of France?")
-    strings = cases(
-        source.added_tokens, (chat,) if chat else (), source.vocabulary_sample(_VOCABULARY_SAMPLE)
-    )
+    strings = _strings(source)
     result = compare(
         source.encode, runtime.encode, source.decode, runtime.decode if decodes else None, strings
     )
@@ -65,6 +63,36 @@ def judge_tokenizer(
     check = Check("tokenizer_agreement", passed, result.summary(), agreement, limit)
     notes = () if result.agreed else (f"tokenizer: {result.summary()}",)
     return TokenizerVerdict((check,), (*notes, *_transformers_parts(source, strings)))
+
+
+def judge_tokenizer_file(source: SourceTokenizer, file: Path) -> Check:
+    """Hold the tokenizer.json that apps are given against the source's own, both read by Hugging Face's tokenizers.
+
+    A runtime that reads some text in its own way has a threshold. A file has none: every text must be the same.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        given = Tokenizer.from_file(str(file))
+    except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exception on a file that it cannot read
+        return Check("tokenizer_file", False, f"{file.name} cannot be read: {error}")
+    given.no_truncation()
+    given.no_padding()
+    result = compare(
+        source.encode,
+        lambda text: given.encode(text, add_special_tokens=False).ids,
+        source.decode,
+        # What transformers makes of ids, beside the file, is its own affair.
+        None if source.published is None else lambda ids: given.decode(list(ids), skip_special_tokens=False),
+        _strings(source),
+    )
+    return Check("tokenizer_file", result.agreed, result.summary(f"the bundle's {file.name}"))
+
+
+def _strings(source: SourceTokenizer) -> tuple[Case, ...]:
+    """Return what is known to be read in different ways, and some of the source's own tokens."""
+    chat = source.render_chat("What is the capital of France?")
+    return cases(source.added_tokens, (chat,) if chat else (), source.vocabulary_sample(_VOCABULARY_SAMPLE))
 
 
 def judge_vocabulary(both: FewerTokens, documents: Sequence[str]) -> Check:

@@ -54,10 +54,10 @@ class Conformance:
         """Whether nothing parted."""
         return self.mismatches == 0
 
-    def summary(self) -> str:
+    def summary(self, who: str = "the runtime's tokenizer") -> str:
         """Say in a sentence or two on what text the tokenizers part."""
         if self.agreed:
-            return f"the runtime's tokenizer agrees with the source's on all {self.total:,} strings"
+            return f"{who} agrees with the source's on all {self.total:,} strings"
         parted = sorted(
             ((wrong, of, kind) for kind, (wrong, of) in self.by_kind.items() if wrong),
             key=lambda row: (-row[0] / row[1], row[2]),
@@ -67,7 +67,7 @@ class Conformance:
             named.append(f"and {len(parted) - KINDS_IN_SUMMARY} more kinds of text")
         first = next(example for example in self.examples if example.kind == parted[0][2])
         return (
-            f"the runtime's tokenizer parts from the source's on {self.mismatches:,} of {self.total:,} "
+            f"{who} parts from the source's on {self.mismatches:,} of {self.total:,} "
             f"strings: {', '.join(named)}; for example {_short(repr(first.text))}: {first.problem}"
         )
 
