@@ -38,7 +38,7 @@ def written(folder: Path, target: str, context: int, *formats: str) -> tuple[str
     profile = PROFILE.format(target=target, context=context, formats='", "'.join(formats))
     (folder / "device.toml").write_text(profile)
     for name, modules in (
-        ("calibration", ("load", "model", "weights", "shards")),
+        ("calibration", ("source/load", "graph/model", "weights", "source/shards")),
         ("eval-text", ("driver",)),
     ):
         texts = [(SOURCES / f"{module}.py").read_text("utf-8") for module in modules]

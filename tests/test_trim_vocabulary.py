@@ -39,7 +39,7 @@ from slm_export.tokenization.tokenizer_trim import document_of, indispensable, t
 DOMAIN = tuple(Path(__file__).with_name(f"test_{name}.py").read_text("utf-8") for name in ("load", "shards"))
 TRAINING = tuple(
     (Path(__file__).parents[1] / "slm_export" / f"{name}.py").read_text("utf-8")
-    for name in ("driver", "load", "model", "tokenizer", "weights")
+    for name in ("driver", "source/load", "graph/model", "tokenization/tokenizer", "weights")
 )
 TEXTS = st.one_of(
     st.text(max_size=60),

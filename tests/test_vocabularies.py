@@ -26,7 +26,8 @@ from slm_export.tokenization.tokenizer import SourceTokenizer, tokenizer_of
 from slm_export.weights import Weight
 
 DOMAIN = tuple(
-    (Path(__file__).parents[1] / "slm_export" / f"{name}.py").read_text("utf-8") for name in ("load", "model")
+    (Path(__file__).parents[1] / "slm_export" / f"{name}.py").read_text("utf-8")
+    for name in ("source/load", "graph/model")
 )
 OTHER = "name, größe = '日本', 1\nwhile 🙂 >= größe:\n    unheard_of.vocabulary(größe)\n" * 12
 
