@@ -14,7 +14,7 @@ from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.optimizers.palettize import Palettize
 from slm_export.optimizers.sparsify import Sparsify
 from slm_export.optimizers.trim_vocabulary import TrimVocabulary
-from slm_export.profile import DeviceProfile, default_profile, load_profile
+from slm_export.profile import DeviceProfile, RecipeStep, default_profile, load_profile
 from slm_export.recipe import QuantizationOptions, Recipe, build_recipe
 from slm_export.registry import exporter, target
 from slm_export.reports.details import FrontierPoint
@@ -34,6 +34,8 @@ class Request:
     target: str | None = None
     device: str | None = None
     formats: tuple[str, ...] | None = None
+    passes: tuple[RecipeStep, ...] | None = None
+    """In place of the device profile's recipe."""
     quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
     context: int | None = None
     out: Path | None = None
@@ -56,6 +58,7 @@ class Request:
             target=self.target or settings.target,
             device=self.device or _device_for(self.target, settings),
             formats=self.formats or settings.formats,
+            passes=self.passes or settings.passes,
             quantization=self.quantization.over(
                 QuantizationOptions(
                     settings.bits,
@@ -122,10 +125,9 @@ def make_plan(request: Request) -> Plan:
         if name not in made_target.formats:
             known = ", ".join(made_target.formats)
             raise InputError(f"target {profile.target} has no app code for format {name}; it has: {known}")
-    where = (
-        request.device if request.device and request.device.endswith(".toml") else f"device {profile.name}"
+    recipe = build_recipe(
+        request.passes or profile.recipe, request.quantization, _source_of(request, profile)
     )
-    recipe = build_recipe(profile.recipe, request.quantization, where)
     _refuse_tables(recipe, exporters, profile)
     _refuse_zeros(recipe, exporters, profile)
     _refuse_same_text(request)
@@ -138,6 +140,14 @@ def make_plan(request: Request) -> Plan:
     if not request.bench:
         notes.append("speed was not measured, and no gate on it judged (--no-bench)")
     return Plan(request, request.model, profile, recipe, exporters, made_target, tuple(notes))
+
+
+def _source_of(request: Request, profile: DeviceProfile) -> str:
+    """Return what names the passes of a request, for people."""
+    if request.passes:
+        return "passes"
+    own_file = request.device and request.device.endswith(".toml")
+    return str(request.device) if own_file else f"device {profile.name}"
 
 
 def _refuse_tables(recipe: Recipe, exporters: Sequence[Exporter], profile: DeviceProfile) -> None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from slm_export.budget.budget import Budget, parse_bytes
 from slm_export.errors import InputError
 from slm_export.gates import Gates
-from slm_export.profile import FormatName, TargetName
+from slm_export.profile import FormatName, RecipeStep, TargetName
 from slm_export.reports.diff_limits import DiffLimits
 from slm_export.tomlfile import read_model
 
@@ -29,18 +29,13 @@ GroupSize = Literal[32, 64, 128, 256]
 Text = Annotated[str, Field(min_length=1)]
 
 
-class Settings(BaseModel):
-    """What ``slm-export.toml`` says; None where it says nothing."""
+class RecipeSettings(BaseModel):
+    """How a model is compressed, and what it is then held to; None where nothing is said."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
 
-    model: Text | None = None
-    """A folder (absolute here), or the name of a model on the Hugging Face hub."""
-    revision: Text | None = None
-    target: TargetName | None = None
-    device: Text | None = None
-    """The name of a shipped profile, or a path ending in ``.toml`` (absolute here)."""
-    formats: tuple[FormatName, ...] | None = Field(default=None, min_length=1)
+    passes: tuple[RecipeStep, ...] | None = Field(default=None, min_length=1)
+    """In place of the device profile's recipe, and in its form."""
     bits: Bits | None = None
     group_size: GroupSize | None = None
     embedding_bits: EmbeddingBits | None = None
@@ -50,7 +45,6 @@ class Settings(BaseModel):
     context: int | None = Field(default=None, ge=1)
     eval_text: Path | None = None
     calibration: Path | None = None
-    out: Path | None = None
     max_size: Text | None = None
     """As ``--max-size``: 600MB, 0.6GB, 572MiB."""
     max_memory: Text | None = None
@@ -58,16 +52,6 @@ class Settings(BaseModel):
     max_perplexity_ratio: float | None = Field(default=None, gt=1)
     min_cosine: float | None = Field(default=None, gt=0, lt=1)
     gates: Gates = Field(default_factory=lambda: Gates.model_validate({}))
-    diff: DiffLimits = Field(default_factory=DiffLimits)
-    """How far a bundle may be from an older one, for `slm-export diff`."""
-
-    @field_validator("formats")
-    @classmethod
-    def _no_format_twice(cls, formats: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        for index, name in enumerate(formats or ()):
-            if name in (formats or ())[:index]:
-                raise ValueError(f"'{name}' is listed twice")
-        return formats
 
     @field_validator("max_size", "max_memory")
     @classmethod
@@ -79,6 +63,11 @@ class Settings(BaseModel):
                 raise ValueError(str(error).removeprefix(": ")) from None
         return text
 
+    @field_validator("eval_text", "calibration", mode="before")
+    @classmethod
+    def _text_is_a_path(cls, value: object) -> object:
+        return as_path(value)
+
     def budget(self) -> Budget:
         """Return the limits that a recipe is searched for."""
         size, memory = (
@@ -87,15 +76,48 @@ class Settings(BaseModel):
         )
         return Budget(size, memory, self.min_tokens_per_s, self.max_perplexity_ratio, self.min_cosine)
 
-    @field_validator("eval_text", "calibration", "out", mode="before")
+
+class Settings(RecipeSettings):
+    """What ``slm-export.toml`` says; None where it says nothing."""
+
+    model: Text | None = None
+    """A folder (absolute here), or the name of a model on the Hugging Face hub."""
+    revision: Text | None = None
+    target: TargetName | None = None
+    device: Text | None = None
+    """The name of a shipped profile, or a path ending in ``.toml`` (absolute here)."""
+    formats: tuple[FormatName, ...] | None = Field(default=None, min_length=1)
+    out: Path | None = None
+    diff: DiffLimits = Field(default_factory=DiffLimits)
+    """How far a bundle may be from an older one, for `slm-export diff`."""
+
+    @field_validator("formats")
     @classmethod
-    def _text_is_a_path(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        if not value.strip():
-            # Path("") is the current folder, which nobody means by it
-            raise ValueError("an empty path")
-        return Path(value.strip())
+    def _no_format_twice(cls, formats: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return each_once(formats)
+
+    @field_validator("out", mode="before")
+    @classmethod
+    def _out_is_a_path(cls, value: object) -> object:
+        return as_path(value)
+
+
+def each_once(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Return names as they are; ValueError where one is there twice."""
+    for index, name in enumerate(names or ()):
+        if name in (names or ())[:index]:
+            raise ValueError(f"'{name}' is listed twice")
+    return names
+
+
+def as_path(value: object) -> object:
+    """Return text as a path; ValueError where it is empty."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        # Path("") is the current folder, which nobody means by it
+        raise ValueError("an empty path")
+    return Path(value.strip())
 
 
 def load_settings(folder: Path) -> Settings | None:
@@ -110,31 +132,30 @@ def load_settings(folder: Path) -> Settings | None:
     settings = read_model(path, Settings, label=FILE_NAME)
     return settings.model_copy(
         update={
-            "model": _resolve_model(folder, settings.model),
-            "device": _resolve_device(folder, settings.device),
-            "eval_text": _resolve(folder, settings.eval_text),
-            "calibration": _resolve(folder, settings.calibration),
-            "out": _resolve(folder, settings.out),
+            "model": None if settings.model is None else model_from(folder, settings.model),
+            "device": None if settings.device is None else device_from(folder, settings.device),
+            "eval_text": path_from(folder, settings.eval_text),
+            "calibration": path_from(folder, settings.calibration),
+            "out": path_from(folder, settings.out),
         }
     )
 
 
-def _resolve_model(folder: Path, model: str | None) -> str | None:
+def model_from(folder: Path, model: str) -> str:
+    """Return what a file in ``folder`` calls a model: a path made absolute, or a name on the hub."""
     # "org/name" may be a folder or a hub name: it is a folder if one is there.
-    if model is None:
-        return None
     looks_like_path = re.match(r"\.{1,2}(/|$)|/|~", model) is not None or Path(model).is_absolute()
     if looks_like_path or (folder / model).exists():
-        return str(_resolve(folder, Path(model)))
+        return str(path_from(folder, Path(model)))
     return model
 
 
-def _resolve_device(folder: Path, device: str | None) -> str | None:
-    if device is None or not device.endswith(".toml"):
-        return device
-    return str(_resolve(folder, Path(device)))
+def device_from(folder: Path, device: str) -> str:
+    """Return what a file in ``folder`` calls a device: a path to a profile made absolute, or a name."""
+    return str(path_from(folder, Path(device))) if device.endswith(".toml") else device
 
 
-def _resolve(folder: Path, path: Path | None) -> Path | None:
+def path_from(folder: Path, path: Path | None) -> Path | None:
+    """Return a path that a file in ``folder`` names, made absolute."""
     # abspath and not resolve(): links stay as the user named them
     return None if path is None else Path(os.path.abspath(folder / os.path.expanduser(path)))

@@ -14,8 +14,9 @@ from slm_export.budget.budget import Budget
 from slm_export.compilation import DEFAULT_CONTEXT, Request, check_gates, context_for, make_plan
 from slm_export.errors import InputError, MissingComponentError
 from slm_export.gates import Gates
+from slm_export.optimizers.gptq import Gptq
 from slm_export.optimizers.group_quantize import GroupQuantize
-from slm_export.profile import FORMATS
+from slm_export.profile import FORMATS, RecipeStep
 from slm_export.recipe import QuantizationOptions
 from slm_export.settings import Settings
 
@@ -25,6 +26,7 @@ SETTINGS = Settings(
     target="android",
     device="pixel-8",
     formats=("executorch",),
+    passes=(RecipeStep.model_validate({"pass": "gptq", "group": 64}),),
     bits=4,
     group_size=64,
     embedding_bits=8,
@@ -75,6 +77,7 @@ def test_what_the_command_line_leaves_open_is_the_settings():
         target="android",
         device="pixel-8",
         formats=("executorch",),
+        passes=(RecipeStep.model_validate({"pass": "gptq", "group": 64}),),
         quantization=QuantizationOptions(4, 64, 8, 16),
         context=100,
         out=Path("theirs"),
@@ -92,6 +95,7 @@ def test_what_the_command_line_says_stays():
         target="linux",
         device="raspberry-pi-5",
         formats=("onnx",),
+        passes=(RecipeStep.model_validate({"pass": "rotate"}),),
         quantization=QuantizationOptions(8, 32, 16, 4),
         context=7,
         out=Path("ours"),
@@ -189,6 +193,21 @@ def test_a_wrong_recipe_is_blamed_on_its_file(tmp_path):
     path = tmp_path / "my.toml"
     path.write_text(PROFILE + '[[recipe]]\npass = "group-quantize"\nbit = 4\n')
     assert problem(device=str(path)).startswith(f"{path}: group-quantize: unknown option 'bit'")
+
+
+def test_passes_of_ones_own_replace_the_profiles():
+    asked = tuple(
+        RecipeStep.model_validate(step) for step in ({"pass": "rotate"}, {"pass": "gptq", "bits": 4})
+    )
+    plan = make_plan(
+        Request(model="m", device="pixel-8", passes=asked, quantization=QuantizationOptions(bits=8))
+    )
+    assert [step.name for step in plan.recipe] == ["rotate", "gptq"]
+    assert isinstance(plan.recipe[1], Gptq)
+    assert plan.recipe[1].bits == 8
+    assert problem(device="pixel-8", passes=(RecipeStep.model_validate({"pass": "gptqq"}),)) == (
+        "passes: unknown pass 'gptqq'; did you mean 'gptq'?"
+    )
 
 
 def test_a_target_without_app_code_for_a_format_says_so(tmp_path):

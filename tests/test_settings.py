@@ -26,6 +26,13 @@ max_perplexity_ratio = 1.02
 min_cosine = 0.97
 out = "build"
 
+[[passes]]
+pass = "rotate"
+
+[[passes]]
+pass = "gptq"
+bits = 8
+
 [gates]
 max_kl_mean = 0.05
 
@@ -69,6 +76,7 @@ def test_every_key_is_read(tmp_path):
         "target": "android",
         "device": "pixel-8",
         "formats": ("executorch", "onnx"),
+        "passes": ({"pass": "rotate"}, {"pass": "gptq", "bits": 8}),
         "bits": 4,
         "group_size": 64,
         "embedding_bits": 8,

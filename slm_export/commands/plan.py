@@ -18,7 +18,7 @@ from slm_export.errors import GateError, InputError
 from slm_export.planning.forecast import PROMPT, Forecast, forecast
 from slm_export.planning.model import ModelShape, read_model
 from slm_export.planning.storage import QUANTIZING
-from slm_export.profile import DeviceProfile, default_profile, load_profile, shipped_profiles
+from slm_export.profile import DeviceProfile, RecipeStep, default_profile, load_profile, shipped_profiles
 from slm_export.quantization_options import QuantizationOptions, merged
 from slm_export.settings import FILE_NAME, Settings, load_settings
 from slm_export.source.hub import find_model
@@ -37,6 +37,7 @@ class PlanRequest:
     formats: tuple[str, ...] = ()
     quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
     context: int | None = None
+    passes: tuple[RecipeStep, ...] | None = None
 
     def over(self, settings: Settings) -> PlanRequest:
         """Return this request with what it leaves open taken from slm-export.toml."""
@@ -50,6 +51,7 @@ class PlanRequest:
             self.formats or settings.formats or (),
             self.quantization.over(QuantizationOptions(**own)),
             self.context or settings.context,
+            self.passes or settings.passes,
         )
 
 
@@ -147,9 +149,8 @@ def _forecast(model: ModelShape, profile: DeviceProfile, format: str, request: P
         raise InputError(
             f"palettize: format {format} has no tables of values, only coreml does; leave it out, or choose coreml"
         )
-    return forecast(
-        model, profile, format, merged(profile.recipe, request.quantization, QUANTIZING), request.context
-    )
+    steps = request.passes or profile.recipe
+    return forecast(model, profile, format, merged(steps, request.quantization, QUANTIZING), request.context)
 
 
 def _unfit(one: Forecast) -> str:

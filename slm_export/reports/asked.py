@@ -36,4 +36,4 @@ def _plain(value: object) -> object:
         return value.name
     if isinstance(value, str) and value.endswith(".toml"):
         return Path(value).name
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
