@@ -65,6 +65,7 @@ def cli() -> None:
 @options.EVAL_TEXT
 @options.CALIBRATION
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write. [default: MODEL-TARGET]")
+@options.LOCKED
 @click.option("--force", is_flag=True, help="Replace an existing bundle, once the new one is complete.")
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with the source model.")
 @click.option("--no-bench", is_flag=True, help="Skip the measurement of speed.")

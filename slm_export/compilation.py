@@ -44,6 +44,8 @@ class Request:
     gates: Gates = field(default_factory=Gates)
     budget: Budget = field(default_factory=Budget)
     """Limits that the recipe is searched for; see `search`."""
+    locked: Path | None = None
+    """The lock file that the export is held against."""
     force: bool = False
     verify: bool = True
     bench: bool = True
@@ -131,6 +133,7 @@ def make_plan(request: Request) -> Plan:
     _refuse_tables(recipe, exporters, profile)
     _refuse_zeros(recipe, exporters, profile)
     _refuse_same_text(request)
+    _refuse_locked_search(request)
     refuse_foreign_text(
         [step.name for step in recipe], request.calibration, request.eval_text, judged=request.verify
     )
@@ -207,6 +210,15 @@ def refuse_foreign_text(
         raise InputError(
             f"{name} fits the model to texts of one domain, and the shipped sample is of none: give text of that "
             "domain to judge it on, other than for calibration, with --eval-text FILE (or no verdict: --no-verify)"
+        )
+
+
+def _refuse_locked_search(request: Request) -> None:
+    """Refuse to hold against a lock what a search may find differently, as measured speed decides."""
+    if request.locked is not None and request.budget:
+        raise InputError(
+            f"{request.locked}: a budget searches for a recipe anew, and a lock holds one fast: leave out the budget, "
+            'and put what it found ("recipe" of manifest.json) into the device profile as [[recipe]]'
         )
 
 

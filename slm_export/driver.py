@@ -10,6 +10,7 @@ from pathlib import Path
 from slm_export import __version__, fidelity
 from slm_export.bundles import bundle
 from slm_export.bundles.finished import until_the_end
+from slm_export.bundles.lock import write_lock
 from slm_export.checkpoint import Checkpoint
 from slm_export.compilation import Plan, check_gates, context_for
 from slm_export.errors import GateError
@@ -17,6 +18,7 @@ from slm_export.evaltext import load_documents, text_sha256
 from slm_export.fidelity.judging import checks_of, judge_acceleration
 from slm_export.gates import Gates
 from slm_export.judge import Judgement, Subject, judge_artifact
+from slm_export.locked import held_against, inputs_of, lock_of
 from slm_export.optimize import calibration_for, optimize
 from slm_export.parity import Trace, compare, judge_pairs
 from slm_export.planning import compiled
@@ -38,7 +40,7 @@ from slm_export.results import (
 from slm_export.runtime import Exporter, ExportOptions, Proven
 from slm_export.source.hub import find_model
 from slm_export.source.load import check_values, load_checkpoint
-from slm_export.source.provenance import facts_of, refuse_large_vocabulary, runtime_facts
+from slm_export.source.provenance import facts_of, refuse_large_vocabulary, runtime_facts, source_sha256
 from slm_export.source.tasks import GENERATION
 from slm_export.tokenization.tokenizer import OWN_TOKENIZER, SourceTokenizer, tokenizer_of
 
@@ -65,12 +67,15 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
     check_gates(plan)
     folder = find_model(plan.model, plan.request.revision)
     documents = load_documents(plan.request.eval_text)
+    toolchain = versions(_tools(plan))
+    lock = held_against(plan, plan.recipe, toolchain, lambda: source_sha256(folder), progress)
     # Only now, because a compiler takes seconds to import: a mistyped folder is told of at once.
     plan.ready()
     out = plan.request.out or Path(f"{folder.resolve().name}-{plan.profile.target}")
     with bundle.staged(out, plan.request.force) as staging, until_the_end() as kept:
         source, tokenizer, context = _read(plan, folder, progress)
         facts = _facts(source, context, progress)
+        inputs = inputs_of(plan, plan.recipe, toolchain, facts.source_sha256)
         calibration = calibration_for(plan.recipe, plan.request.calibration, source, tokenizer, progress)
         optimized = optimize(plan.recipe, source, facts.source_sha256, calibration, kept, progress)
         checkpoint = optimized.checkpoint
@@ -93,6 +98,9 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
                 exporter, artifact.path, source.task, tokenizer, runner, documents, gates, options.context
             )
             subjects.append((artifact, subject))
+        artifacts = tuple(artifact for artifact, _ in subjects)
+        if lock is not None:
+            notes += lock.refuse_other_bytes(artifacts, staging.path)
         results, pairs, more = _prove(plan, subjects, source, checkpoint, progress)
         notes += more
         report = Report(
@@ -103,7 +111,7 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
             passes=optimized.rows,
             calibration=optimized.calibration,
             formats=results,
-            toolchain=versions(_tools(plan)),
+            toolchain=toolchain,
             seconds=time.monotonic() - began,
             stages=dict(progress.stages),
             peak_rss_mb=progress.peak_rss_mb,
@@ -117,7 +125,7 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
         )
         refuse_failures(report)
         runtime = runtime_facts(source, tokenizer, options, runners)
-        artifacts = tuple(result.artifact for result in results)
+        write_lock(staging.path, lock_of(inputs, artifacts, staging.path))
         with bundle.machine_errors(f"write what apps on {plan.profile.target} need", staging.path):
             plan.target.finish(Proven(facts, artifacts, plan.profile, tokenizer, runtime), staging.path)
         report = bundle.write_documents(staging.path, report, gates=gates, runtime=runtime)

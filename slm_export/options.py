@@ -33,6 +33,14 @@ JUNIT = click.option(
     type=click.Path(path_type=Path),
     help="Write the checks for a CI server, a case for each.",
 )
+LOCKED = click.option(
+    "--locked",
+    metavar="[FILE]",
+    type=click.Path(path_type=Path),
+    is_flag=False,
+    flag_value="slm-export.lock",
+    help="Refuse to make anything but what slm-export.lock, or FILE, says. Every bundle holds such a file.",
+)
 CONTEXT = click.option("--context", type=click.IntRange(min=1), help="Tokens that the KV cache holds.")
 REVISION = click.option("--revision", help="Branch, tag or commit of a hub model.")
 FORMATS = click.option(
@@ -143,6 +151,7 @@ def request_of(asked: dict[str, Any]) -> Request:
             asked["max_perplexity_ratio"],
             asked["min_cosine"],
         ),
+        locked=asked["locked"],
         force=asked["force"],
         verify=not asked["no_verify"],
         bench=not asked["no_bench"],

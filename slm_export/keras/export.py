@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_export.bundles import bundle
+from slm_export.bundles.lock import write_lock
 from slm_export.checkpoint import Checkpoint
 from slm_export.compilation import Plan
 from slm_export.driver import gates_for, refuse_failures, size_check, versions
@@ -20,6 +21,7 @@ from slm_export.gates import Gates
 from slm_export.keras.judge import judge
 from slm_export.keras.read import Read, read_model, ready, source_sha256
 from slm_export.keras.source import name_of
+from slm_export.locked import held_against, inputs_of, lock_of
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.progress import Progress
 from slm_export.recipe import options_of
@@ -44,15 +46,19 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
     step = _recipe(plan)
     path = Path(plan.model).expanduser()
     ready()
+    toolchain = versions(_TOOLS)
+    lock = held_against(plan, (step,), toolchain, lambda: source_sha256(path), progress)
     out = plan.request.out or Path(f"{name_of(path)}-{plan.profile.target}")
     with bundle.staged(out, plan.request.force) as staging:
         read = read_model(path, plan.request.context, plan.request.eval_text, progress)
         facts = _facts(read, path, progress)
+        inputs = inputs_of(plan, (step,), toolchain, facts.source_sha256)
         checkpoint, row = quantize(read.converted, step, progress)
         gates = gates_for(plan, checkpoint)
         if read.tokenizer is not None:
             plan.target.bundle(read.tokenizer, staging.path)
         artifact = _write(read, checkpoint, facts.parameters, staging.path, progress)
+        notes = lock.refuse_other_bytes((artifact,), staging.path) if lock else ()
         report = Report(
             model=facts,
             target=plan.profile.target,
@@ -60,16 +66,17 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
             device_title=plan.profile.title,
             passes=(row,),
             formats=(_prove(plan, read, checkpoint, artifact, gates, progress),),
-            toolchain=versions(_TOOLS),
+            toolchain=toolchain,
             seconds=time.monotonic() - began,
             stages=dict(progress.stages),
             peak_rss_mb=progress.peak_rss_mb,
-            notes=(*plan.notes, *_recipe_note(plan), *read.notes),
+            notes=(*plan.notes, *_recipe_note(plan), *read.notes, *notes),
             asked=asked(plan.request),
             weights=rows_of(checkpoint, relative_errors(read.converted.checkpoint, checkpoint)[1]),
             environment=environment(),
         )
         refuse_failures(report)
+        write_lock(staging.path, lock_of(inputs, (artifact,), staging.path))
         report = bundle.write_documents(staging.path, report, gates=gates, runtime=_runtime(read))
         return report, staging.commit()
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from slm_export.compilation import Request
 
 _LEFT_OUT = frozenset(
-    {"model", "out", "force"}
+    {"model", "out", "force", "locked"}
 )  # which model it is the report says; the others change nothing
 
 
