@@ -218,7 +218,7 @@ def _refuse_locked_search(request: Request) -> None:
     if request.locked is not None and request.budget:
         raise InputError(
             f"{request.locked}: a budget searches for a recipe anew, and a lock holds one fast: leave out the budget, "
-            'and put what it found ("recipe" of manifest.json) into the device profile as [[recipe]]'
+            'and put what it found ("recipe" of manifest.json) into slm-export.toml as [[passes]]'
         )
 
 
