@@ -25,6 +25,10 @@ from slm_export.source.tasks import GENERATION
 DEFAULT_CONTEXT = 2048
 
 
+class CombinationError(InputError):
+    """A format that cannot go with this device, recipe or gate; each is right by itself."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What the command line asks for; None where it says nothing."""
@@ -104,6 +108,7 @@ def make_plan(request: Request) -> Plan:
     """Look up device, recipe, formats and target.
 
     Raises:
+        CombinationError: one of the formats cannot go with the rest.
         InputError: something is unknown, missing or contradictory.
     """
     if not request.model:
@@ -121,12 +126,14 @@ def make_plan(request: Request) -> Plan:
     exporters = tuple(exporter(name) for name in formats)
     for name in formats:
         if name not in profile.formats:
-            raise InputError(
+            raise CombinationError(
                 f"device {profile.name} does not run format {name}; it runs {', '.join(profile.formats)}"
             )
         if name not in made_target.formats:
             known = ", ".join(made_target.formats)
-            raise InputError(f"target {profile.target} has no app code for format {name}; it has: {known}")
+            raise CombinationError(
+                f"target {profile.target} has no app code for format {name}; it has: {known}"
+            )
     recipe = build_recipe(
         request.passes or profile.recipe, request.quantization, _source_of(request, profile)
     )
@@ -160,12 +167,12 @@ def _refuse_tables(recipe: Recipe, exporters: Sequence[Exporter], profile: Devic
             continue
         for made in exporters:
             if not made.tables:
-                raise InputError(
+                raise CombinationError(
                     f"{step.name}: format {made.name} has no tables of values, only coreml does; export coreml for a "
                     f"device that runs it, or give --bits {4 if step.bits == 4 else 8} for codes and scales"
                 )
         if step.group_channels and profile.coreml.ios < 18:
-            raise InputError(
+            raise CombinationError(
                 f"{step.name}: coreml for iOS {profile.coreml.ios} has one table per matrix; write group_channels = 0 "
                 f"in the recipe of device {profile.name}, or leave out coreml.ios = {profile.coreml.ios}"
             )
@@ -179,12 +186,12 @@ def _refuse_zeros(recipe: Recipe, exporters: Sequence[Exporter], profile: Device
         return
     for made in exporters:
         if made.dense_only:
-            raise InputError(
+            raise CombinationError(
                 f"{name}: format {made.name} gains nothing from zeros: {made.dense_only}; leave the pass out, or take "
                 "whole parts away (prune-neurons, prune-kv-groups, drop-layers), which every format gains from"
             )
     if profile.coreml.ios < 18:
-        raise InputError(
+        raise CombinationError(
             f"{name}: coreml for iOS {profile.coreml.ios} cannot store quantized matrices with a mask; leave out the "
             f"pass, or coreml.ios = {profile.coreml.ios} of device {profile.name}"
         )
@@ -243,14 +250,14 @@ def check_gates(plan: Plan) -> None:
     gates = plan.request.gates.over(plan.profile.gates)
     silent = [made.name for made in plan.exporters if made.name not in TELLING]
     if gates.min_accelerated is not None and silent:
-        raise InputError(
+        raise CombinationError(
             f"gate min_accelerated: of {' and '.join(silent)} cannot be told what an accelerator takes, only of "
             f"{' and '.join(TELLING)}; leave the gate out, or the format"
         )
     timed = [name for name in SPEED if getattr(gates, name) is not None]
     for made in plan.exporters:
         if made.elsewhere is not None and timed and plan.request.bench:
-            raise InputError(
+            raise CombinationError(
                 f"gate {timed[0]}: the speed of {made.name} is not measured here ({made.elsewhere}); leave the gate "
                 "out, or the format, or give --no-bench"
             )

@@ -16,7 +16,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -219,10 +219,13 @@ def _shown(value: object) -> str:
 
 def _known_keys(model: type[BaseModel], location: Location) -> list[str]:
     current: type[BaseModel] | None = model
+    named = False  # the next part is a name that the user chose
     for part in location:
-        if isinstance(part, int) or current is None:
+        if isinstance(part, int) or current is None or named:
+            named = False
             continue
-        current = _nested(_by_key(current).get(part))
+        annotation = _by_key(current).get(part)
+        current, named = _nested(annotation), get_origin(annotation) is dict
     return list(_by_key(current)) if current is not None else []
 
 

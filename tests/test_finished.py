@@ -14,7 +14,13 @@ import torch
 from checkpoints import normal
 from conftest import Cli, command, environment
 
-from slm_export.bundles.finished import CACHE_VARIABLE, Finished, finished_weights, until_the_end
+from slm_export.bundles.finished import (
+    CACHE_VARIABLE,
+    KEEP_VARIABLE,
+    Finished,
+    finished_weights,
+    until_the_end,
+)
 from slm_export.errors import GateError
 from slm_export.optimizers.group_quantize import quantize
 from slm_export.weights import Quantized
@@ -83,6 +89,13 @@ def test_only_an_interrupted_export_leaves_them(error: BaseException, stays: boo
     with pytest.raises(type(error)):
         export()
     assert finished.folder.exists() is stays
+
+
+def test_one_of_many_exports_leaves_them_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEEP_VARIABLE, "1")
+    with until_the_end() as kept:
+        kept.append(finished_weights(["model"]))
+    assert kept[0].folder.exists()
 
 
 def test_what_nobody_came_back_for_is_removed() -> None:

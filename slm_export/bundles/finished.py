@@ -3,7 +3,8 @@
 A finished weight is a file in the cache folder, mapped when it is used. It lies under a hash of all that it follows
 from: the source model, the passes up to this one with their options, this program's version; so what is found there
 is what would be computed again. An export that ends, well or not, removes its files; a killed or interrupted one
-leaves them to the next, and files that nobody came back for are removed after a week.
+leaves them to the next, and files that nobody came back for are removed after a week. Where $SLM_EXPORT_KEEP is set
+an export is one of many: it leaves its files to the others, and whoever started them removes the folder.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from slm_export.errors import GateError
 from slm_export.weights import CODE_RANGE, Dense, Palettized, Quantized, Weight
 
 CACHE_VARIABLE = "SLM_EXPORT_CACHE"
+KEEP_VARIABLE = "SLM_EXPORT_KEEP"
 _FORGOTTEN_S = 7 * 24 * 3600.0
 
 Kept = TypeVar("Kept", bound=Weight)
@@ -106,6 +108,8 @@ def until_the_end() -> Iterator[list[Finished]]:
 
 
 def _forget(kept: Sequence[Finished]) -> None:
+    if os.environ.get(KEEP_VARIABLE):
+        return
     for finished in kept:
         shutil.rmtree(finished.folder, ignore_errors=True)
 
