@@ -5,7 +5,7 @@ The manifest alone is enough; a report.json beside it tells the machine and the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,13 @@ def _machine(bundle: Bundle) -> str | None:
 
 def recipe_words(bundle: Bundle) -> str:
     """Return the recipe in one line: ``group-quantize bits=4 group=32``."""
+    return steps_words(bundle.manifest.recipe)
+
+
+def steps_words(recipe: Iterable[Mapping[str, Any]]) -> str:
+    """Return passes with their options in one line, those that say nothing left out."""
     steps = []
-    for step in bundle.manifest.recipe:
+    for step in recipe:
         options = [
             f"{key}={f'({len(value)} names)' if isinstance(value, Mapping) else value}"
             for key, value in step.items()

@@ -1,6 +1,7 @@
 """The figures that bundles are compared by: what each is called, how it reads, and which way is better.
 
     figures_of  the figures of one artifact, by the names that the manifest has for them
+    measured    the same, out of values by those names
     change      how a figure moved: a share of the old value for sizes and speed, a difference for fidelity
 
 A figure that was not measured is absent.
@@ -92,6 +93,11 @@ def figures_of(manifest: Manifest, format: str) -> dict[str, float]:
     found: dict[str, object] = {"bytes": artifact.bytes, "bits_per_weight": artifact.bits_per_weight}
     found |= manifest.quality.get(format) or {}
     found |= manifest.latency.get(format) or {}
+    return measured(found)
+
+
+def measured(found: Mapping[str, object]) -> dict[str, float]:
+    """Return those of the figures among values by name that were measured; of percentiles the median."""
     values = {
         name: value.get("p50") if isinstance(value, Mapping) else value for name, value in found.items()
     }

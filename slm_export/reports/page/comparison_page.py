@@ -21,6 +21,17 @@ def comparison_page(comparison: Comparison) -> str:
         "comparison.html.j2",
         comparison=comparison,
         words=words,
+        section=comparison_section(comparison, level=2),
+    )
+
+
+def comparison_section(comparison: Comparison, level: int) -> str:
+    """Return the table and the plots as HTML, headed by ``<h2>`` or whatever ``level`` there is."""
+    return render(
+        "comparison_section.html.j2",
+        comparison=comparison,
+        level=level,
+        words=words,
         rows=[
             (one, [cell(comparison, one, column) for column in comparison.columns])
             for one in comparison.figures
