@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from slm_export import __version__, options
-from slm_export.errors import InputError, MachineError, SlmExportError
+from slm_export.errors import InputError, MachineError, SlmExportError, shown
 from slm_export.interrupts import catch_signals, ignore_signals, still_an_interrupt
 
 INTERRUPTED = 130
@@ -234,6 +234,27 @@ def plan(as_json: bool, **asked: Any) -> None:
 
 
 @cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of results. [default: out of FILE]")
+@click.option("--jobs", type=click.IntRange(min=1), help="Exports at a time. [default: one for two cores]")
+@click.option("--memory", metavar="SIZE", help="Of all exports together: 16GB. [default: what is available]")
+@click.option(
+    "--scheduler", metavar="ADDRESS", help="On the workers of this Dask scheduler: tcp://host:8786."
+)
+@click.option("--force", is_flag=True, help="Export again what is there already.")
+@options.JSON
+def matrix(as_json: bool, **asked: Any) -> None:
+    """Export models by devices by formats by recipes, as FILE says, and compare them (docs/matrix.md).
+
+    Typed again it goes on: cells that were made from the same inputs are kept, those that failed are tried again.
+    """
+    from slm_export.commands.matrix import matrix_command
+    from slm_export.matrix.command import MatrixRequest
+
+    matrix_command(MatrixRequest(**asked), as_json)
+
+
+@cli.command()
 @click.argument("name", required=False)
 @options.JSON
 def devices(name: str | None, as_json: bool) -> None:
@@ -272,6 +293,7 @@ def main() -> NoReturn:
 
 
 def _fail(message: str, code: int, as_json: bool, report: Any = None) -> NoReturn:
+    message = shown(message)
     click.echo(f"error: {message}", err=True)
     if as_json:
         document: dict[str, Any] = {"error": {"message": message, "exit_code": code}}

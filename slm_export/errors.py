@@ -48,6 +48,19 @@ class MachineError(SlmExportError):
     exit_code = 4
 
 
+_LONGEST = 3000
+"""Characters of a message; what a file says in an endless name is cut."""
+
+
+def shown(message: str) -> str:
+    """Return a message as a terminal may have it: names in it come from strangers.
+
+    Control characters and halves of characters are written out; of an endless one the middle is left out.
+    """
+    text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+
+
 def known_errors() -> dict[str, type[SlmExportError]]:
     """Return the errors of this module by name."""
     return {cls.__name__: cls for cls in SlmExportError.__subclasses__()}

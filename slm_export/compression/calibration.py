@@ -24,6 +24,7 @@ from torch import nn
 from slm_export.errors import InputError
 from slm_export.evaltext import load_documents, paragraphs, token_windows
 from slm_export.source.tasks import GENERATION
+from slm_export.tokenization.templates import render_chat
 from slm_export.tokenization.tokenizer import SourceTokenizer
 
 LENGTH = 256
@@ -164,8 +165,8 @@ def _chats(path: Path, tokenizer: SourceTokenizer) -> list[str]:
             continue
         try:
             example = json.loads(line)
-            text = example.get("text") or _chat(example["messages"], tokenizer)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            text = example.get("text") or _chat(example["messages"], tokenizer, f"{path}, line {number}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f'{path}, line {number}: expected {{"text": ...}} or {{"messages": [...]}} ({error})'
             ) from None
@@ -173,7 +174,7 @@ def _chats(path: Path, tokenizer: SourceTokenizer) -> list[str]:
     return texts
 
 
-def _chat(messages: Any, tokenizer: SourceTokenizer) -> str:
+def _chat(messages: Any, tokenizer: SourceTokenizer, where: str) -> str:
     if tokenizer.chat_template is None:
         return "\n".join(str(message["content"]) for message in messages)
-    return str(tokenizer.backend.apply_chat_template(messages, tokenize=False))
+    return render_chat(tokenizer.backend, messages, where, answer=False)

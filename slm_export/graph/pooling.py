@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from slm_export.bundles.checksums import portable_path
 from slm_export.errors import InputError
+from slm_export.jsonfile import read_json
 
 _MODES = {
     "pooling_mode_mean_tokens": "mean",
@@ -54,7 +55,7 @@ def read_pooling(folder: Path) -> Pooling:
     listing = folder / "modules.json"
     if not listing.is_file():
         return Pooling(stated=False)
-    modules = _json(listing)
+    modules = read_json(listing)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise InputError(f"{listing}: expected a list of modules")
     mode: Any = None
@@ -62,7 +63,7 @@ def read_pooling(folder: Path) -> Pooling:
     for module in modules:
         kind = str(module.get("type", "")).rpartition(".")[2]
         if kind == "Pooling":
-            mode = _mode(folder / str(module.get("path", "")) / "config.json")
+            mode = _mode(_inside(folder, module.get("path", "")) / "config.json")
         elif kind == "Normalize":
             normalize = True
         elif kind != "Transformer":
@@ -70,8 +71,16 @@ def read_pooling(folder: Path) -> Pooling:
     return Pooling("mean" if mode is None else mode, normalize, stated=mode is not None)
 
 
+def _inside(folder: Path, name: object) -> Path:
+    """Return the folder of a module; InputError where it is not one of the model's own."""
+    try:
+        return folder / portable_path(str(name)) if name else folder
+    except ValueError as error:
+        raise InputError(f"{folder / 'modules.json'}: {error}") from None
+
+
 def _mode(path: Path) -> str:
-    config = _json(path)
+    config = read_json(path)
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a JSON object")
     stated = config.get("pooling_mode")
@@ -87,13 +96,6 @@ def _mode(path: Path) -> str:
             f"{path}: pooling {' + '.join(names) or 'of no kind'} cannot be exported; known: {known}"
         )
     return names[0]
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from None
 
 
 def additive_mask(mask: Tensor) -> Tensor:

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from slm_export.errors import InputError
+from slm_export.jsonfile import read_object
 from slm_export.source.shard_files import INDEX, read_index, shard_files
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Type of a tensor of floats -> bytes of a value."""
 _LARGEST = 100 << 20  # bytes of a header, as the safetensors library has it
+_MOST = 1 << 40  # rows or columns
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
     """Return a configuration; InputError where there is none, or a broken one."""
     if not path.is_file():
         raise InputError(f"{path.parent}: no config.json; give a Hugging Face model folder")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    return raw
+    return read_object(path)
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
@@ -50,7 +45,15 @@ def _header(path: Path) -> Mapping[str, Any]:
             header: dict[str, Any] = json.loads(file.read(length))
         for name, entry in header.items():
             if name != "__metadata__":
-                prod(entry["shape"]), entry["dtype"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                _refuse_no_tensor(name, entry)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: truncated or corrupt ({error}); download the model again") from None
     return header
+
+
+def _refuse_no_tensor(name: str, entry: Any) -> None:
+    """Raise unless an entry has a type and a shape."""
+    if not isinstance(entry["dtype"], str):
+        raise TypeError(f"tensor {name} has no type")
+    if any(type(size) is not int or not 0 <= size < _MOST for size in entry["shape"]):
+        raise ValueError(f"tensor {name} has no shape")

@@ -6,6 +6,7 @@ the two against each other. GPT-2's transposed matrices keep the orientation of 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,13 @@ _OF_WORDS = ("ForMaskedLM", "WithLMHeadModel")
 _LOOKED_UP = re.compile(
     r"(position|token_type|lang|segment)_embeddings?|wpe|embed_positions|position_embed\w*"
 )
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_HIDDEN = ("hidden_size", "n_embd", "dim", "emb_dim")
+_HEADS = ("num_attention_heads", "n_head", "n_heads")
+_INTERMEDIATE = ("intermediate_size", "n_inner", "hidden_dim")
+_POSITIONS = ("max_position_embeddings", "n_positions")
+_OTHERS = ("vocab_size", "head_dim", "num_key_value_heads")
+_MOST = 1 << 40
 _VOCABULARY = re.compile(r"emb|wte|embd", re.IGNORECASE)
 _NUMBERED = re.compile(r"\.(\d+)\.")
 # Parts of a file that a bare encoder has no place for.
@@ -117,12 +125,13 @@ def read_model(folder: Path) -> ModelShape:
     """
     config = read_config(folder / "config.json")
     text = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
+    _refuse_odd_sizes(folder / "config.json", text)
     architecture = _architecture(folder / "config.json", config)
     decodes = any(architecture.endswith(ending) and task == GENERATION for ending, task in _ENDINGS)
     tensors = dict(read_tensors(folder))
     if architecture.endswith(_EMBEDS) and not decodes:
         tensors = {name: tensor for name, tensor in tensors.items() if not _NOT_OF_AN_ENCODER.search(name)}
-    vocabulary = int(text.get("vocab_size") or 0)
+    vocabulary = _first(text, "vocab_size") or 0
     matrices = [
         Matrix(name, (shape[0], shape[1]), _role(name, shape, vocabulary), FLOATS[dtype])
         for name, (shape, dtype) in tensors.items()
@@ -144,8 +153,8 @@ def read_model(folder: Path) -> ModelShape:
         kv_values=2 * layers * groups * width if decodes else 0,
         kv_heads=groups,
         hidden=hidden,
-        intermediate=_first(text, "intermediate_size", "n_inner", "hidden_dim") or 0,
-        positions=_first(text, "max_position_embeddings", "n_positions"),
+        intermediate=_first(text, *_INTERMEDIATE) or 0,
+        positions=_first(text, *_POSITIONS),
     )
 
 
@@ -163,6 +172,17 @@ def _tied(config: Mapping[str, Any], matrices: Sequence[Matrix]) -> bool:
     return bool(config.get("tie_word_embeddings", all(matrix.role != "head" for matrix in matrices)))
 
 
+def _refuse_odd_sizes(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise InputError where a size is none; some families list one for each layer, which is left alone."""
+    for name in (*_LAYERS, *_HIDDEN, *_HEADS, *_INTERMEDIATE, *_POSITIONS, *_OTHERS):
+        value = config.get(name)
+        whole = type(value) is int and 0 <= value < _MOST
+        if not whole and value is not None and not isinstance(value, list):
+            raise InputError(
+                f"{path}: {name} is {json.dumps(value)}; it must be a whole number of a sane size"
+            )
+
+
 def _first(config: Mapping[str, Any], *names: str) -> int | None:
     """Return the first of some settings that is there: families name them differently."""
     found = next((config[name] for name in names if isinstance(config.get(name), int)), None)
@@ -171,13 +191,13 @@ def _first(config: Mapping[str, Any], *names: str) -> int | None:
 
 def dimensions(config: Mapping[str, Any]) -> tuple[int, int]:
     """Return layers and width of a configuration; 0 for what it does not say."""
-    layers = _first(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or 0
-    return layers, _first(config, "hidden_size", "n_embd", "dim", "emb_dim") or 0
+    layers = _first(config, *_LAYERS) or 0
+    return layers, _first(config, *_HIDDEN) or 0
 
 
 def kv_heads(config: Mapping[str, Any]) -> tuple[int, int]:
     """Return the key-value heads of a layer, and their width."""
-    heads = _first(config, "num_attention_heads", "n_head", "n_heads") or 0
+    heads = _first(config, *_HEADS) or 0
     _, hidden = dimensions(config)
     width = _first(config, "head_dim") or (hidden // heads if heads else 0)
     return _first(config, "num_key_value_heads") or heads, width

@@ -6,7 +6,6 @@ task follows from the class, and code that a folder brings along is never execut
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from slm_export.errors import InputError, suggestion
+from slm_export.jsonfile import read_object
 from slm_export.source.tasks import EMBEDDING, ENDINGS, task_of
 
 
@@ -74,13 +74,7 @@ def read_architecture(folder: Path) -> Architecture:
 def _read_config(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise InputError(f"{path.parent}: no config.json; give a Hugging Face model folder")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    return raw
+    return read_object(path)
 
 
 def _parse(path: Path, raw: Mapping[str, Any]) -> Any:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from slm_export.errors import InputError
+from slm_export.jsonfile import read_object
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -21,12 +21,18 @@ def read_index(path: Path) -> dict[str, str]:
     if not path.is_file() or path.with_name(_SINGLE).is_file():
         return {}
     try:
-        mapping = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(file, str) and "/" not in file for file in mapping.values()):
-            raise TypeError("weight_map must name files of this folder")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise InputError(f"{path}: not a readable index of shards ({error}); download it again") from None
+        mapping = read_object(path)["weight_map"]
+        if not all(map(_is_a_name, mapping.values())):
+            raise TypeError("weight_map must name .safetensors files of this folder")
+    except (InputError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise InputError(f"{path}: not a readable index of shards ({reason}); download it again") from None
     return dict(mapping)
+
+
+def _is_a_name(file: object) -> bool:
+    """Return whether this names a file of the folder itself: no other place, on any system."""
+    return isinstance(file, str) and re.fullmatch(r"[^/\\:\0]+\.safetensors", file) is not None
 
 
 def shard_files(folder: Path, index: dict[str, str]) -> list[Path]:
@@ -47,7 +53,7 @@ def shard_files(folder: Path, index: dict[str, str]) -> list[Path]:
         return files
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
     if not files:
         raise InputError(_why_none(folder))
     _refuse_gaps(folder, files)

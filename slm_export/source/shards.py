@@ -69,11 +69,17 @@ def _read_header(path: Path) -> dict[str, Dense | str]:
                 else:
                     found[name] = f"{dtype} values, not floats"
     except (SafetensorError, OSError) as error:
-        size = path.stat().st_size
         raise InputError(
-            f"{path}: truncated or corrupt ({error}; {size:,} bytes); download the model again"
+            f"{path}: truncated or corrupt ({error}; {_size(path)}); download the model again"
         ) from None
     return found
+
+
+def _size(path: Path) -> str:
+    try:
+        return f"{path.stat().st_size:,} bytes"
+    except OSError as error:
+        return str(error.strerror)
 
 
 class _Load:

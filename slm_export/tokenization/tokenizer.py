@@ -9,14 +9,16 @@ Code that a checkpoint brings along is never executed.
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from slm_export.errors import InputError
+from slm_export.errors import InputError, SlmExportError
+from slm_export.jsonfile import read_object
+from slm_export.tokenization.templates import render_chat
 
 if TYPE_CHECKING:
     from slm_export.checkpoint import Checkpoint
@@ -76,17 +78,17 @@ class SourceTokenizer:
         _check_files(folder)
         from transformers import AutoTokenizer
 
-        try:
+        with _told(folder, "cannot be loaded"):
             backend = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # tokenizers raises plain Exception on a file that it cannot read
-            raise InputError(f"{folder}: the tokenizer cannot be loaded: {_first_line(error)}") from error
-        return cls(folder, _stop_ids(folder, backend.eos_token_id), backend, _published(folder, backend))
+            published = _published(folder, backend)
+        return cls(folder, _stop_ids(folder, backend.eos_token_id), backend, published)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, nothing added before or after it."""
         if self.published is None:
             return self.encode_by_transformers(text)
-        ids: list[int] = self.published.encode(text, add_special_tokens=False).ids
+        with _told(self.folder, "fails"):
+            ids: list[int] = self.published.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_by_transformers(self, text: str) -> list[int]:
@@ -112,14 +114,16 @@ class SourceTokenizer:
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         # Windows are cut later: neither truncation nor a warning about the length is wanted here.
-        encoded = self.backend(text, add_special_tokens=special, truncation=False, verbose=False)
+        with _told(self.folder, "fails"):
+            encoded = self.backend(text, add_special_tokens=special, truncation=False, verbose=False)
         ids: list[int] = encoded["input_ids"]
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens included."""
         decoder = self.backend if self.published is None else self.published
-        text: str = decoder.decode(list(ids), skip_special_tokens=False)
+        with _told(self.folder, "fails"):
+            text: str = decoder.decode(list(ids), skip_special_tokens=False)
         return text
 
     @property
@@ -173,11 +177,7 @@ class SourceTokenizer:
             return None
         messages = [] if system is None else [{"role": "system", "content": system}]
         messages.append({"role": "user", "content": prompt})
-        try:
-            text: str = self.backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is the model's own program: it can fail in any way
-            raise InputError(f"{self.folder}: the chat template fails: {_first_line(error)}") from error
-        return text
+        return render_chat(self.backend, messages, str(self.folder), answer=True)
 
     def files(self) -> dict[str, bytes]:
         """Return what belongs in a bundle's ``tokenizer/``, name -> content; a tokenizer.json in any case."""
@@ -309,15 +309,20 @@ def _eos_of(file: Path) -> tuple[int, ...]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     """Return a JSON object; empty when there is no such file."""
-    if not file.is_file():
-        return {}
+    return read_object(file) if file.is_file() else {}
+
+
+@contextmanager
+def _told(folder: Path, what: str) -> Iterator[None]:
+    """Turn what `tokenizers` raises into an InputError: plain Exception, and panics, which are none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: expected a JSON object, found {type(content).__name__}")
-    return content
+        yield
+    except SlmExportError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{folder}: the tokenizer {what}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
