@@ -70,6 +70,7 @@ def cli() -> None:
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with the source model.")
 @click.option("--no-bench", is_flag=True, help="Skip the measurement of speed.")
 @options.JUNIT
+@options.OFFLINE
 @options.JSON
 def export(as_json: bool, junit: Path | None, pareto: bool, **asked: Any) -> None:
     """Quantize MODEL for a device, write it, prove it, and leave a bundle that an app can ship.
@@ -116,6 +117,7 @@ def run(bundle: Path, **asked: Any) -> None:
 @options.EVAL_TEXT
 @options.CALIBRATION
 @options.JUNIT
+@options.OFFLINE
 @options.JSON
 def verify(bundle: Path, junit: Path | None, **asked: Any) -> None:
     """Check a BUNDLE again: its files, its metadata, and with --source its fidelity."""
@@ -221,6 +223,7 @@ def bench(as_json: bool, **asked: Any) -> None:
 @options.quantization
 @options.CONTEXT
 @options.REVISION
+@options.OFFLINE
 @options.JSON
 def plan(as_json: bool, **asked: Any) -> None:
     """Tell what an export of MODEL would take, and how it would run on a device; nothing is exported.

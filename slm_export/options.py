@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -43,6 +44,21 @@ LOCKED = click.option(
 )
 CONTEXT = click.option("--context", type=click.IntRange(min=1), help="Tokens that the KV cache holds.")
 REVISION = click.option("--revision", help="Branch, tag or commit of a hub model.")
+
+
+def _go_offline(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    # The variable that every tool on that hub reads; what is started from here inherits it.
+    if value:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+OFFLINE = click.option(
+    "--offline",
+    is_flag=True,
+    expose_value=False,
+    callback=_go_offline,
+    help="Never reach for the network: a hub name means its local copy. As HF_HUB_OFFLINE=1.",
+)
 FORMATS = click.option(
     "--format", "formats", multiple=True, help="Format to write; may be repeated. [default: the device's]"
 )

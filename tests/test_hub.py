@@ -73,7 +73,7 @@ def test_what_is_neither_folder_nor_hub_name_is_refused_unasked(failing, model):
 def test_offline_a_model_that_was_never_downloaded(offline):
     text = problem("org/name")
     assert text == (
-        "org/name: no such folder, not downloaded before, and offline mode is on (HF_HUB_OFFLINE)"
+        "org/name: no such folder, not downloaded before, and offline mode is on (--offline, or HF_HUB_OFFLINE)"
     )
     assert "at revision v2, and offline" in problem("org/name", "v2")
 

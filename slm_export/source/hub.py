@@ -1,11 +1,13 @@
 """Where a MODEL argument leads: a folder, or a model on the Hugging Face hub.
 
 Only what an export reads is downloaded: configuration, safetensors, tokenizer. Nothing is executed.
-``HF_HUB_OFFLINE``, ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_TOKEN`` are honoured, as by every tool on that hub.
+``HF_HUB_OFFLINE`` (which ``--offline`` sets), ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_TOKEN`` are honoured, as by every
+tool on that hub.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -41,7 +43,9 @@ def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub import errors as hub
 
-    offline = constants.HF_HUB_OFFLINE
+    offline = (
+        constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") == "1"
+    )  # set by --offline, perhaps late
     at = f" at revision {revision}" if revision else ""
     try:
         with machine_errors(f"download {model}", Path(constants.HF_HUB_CACHE)):
@@ -63,7 +67,7 @@ def _download(model: str, revision: str | None) -> Path:
             f"{model}: no such folder here, and no such model on the hub (or it is private)"
         ) from None
     except hub.LocalEntryNotFoundError as error:
-        why = "offline mode is on (HF_HUB_OFFLINE)" if offline else "the hub cannot be reached"
+        why = "offline mode is on (--offline, or HF_HUB_OFFLINE)" if offline else "the hub cannot be reached"
         message = f"{model}: no such folder, not downloaded before{at}, and {why}"
         raise (InputError if offline else MachineError)(message) from error
     except OSError as error:
