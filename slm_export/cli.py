@@ -238,13 +238,7 @@ def plan(as_json: bool, **asked: Any) -> None:
 
 @cli.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of results. [default: out of FILE]")
-@click.option("--jobs", type=click.IntRange(min=1), help="Exports at a time. [default: one for two cores]")
-@click.option("--memory", metavar="SIZE", help="Of all exports together: 16GB. [default: what is available]")
-@click.option(
-    "--scheduler", metavar="ADDRESS", help="On the workers of this Dask scheduler: tcp://host:8786."
-)
-@click.option("--force", is_flag=True, help="Export again what is there already.")
+@options.matrix
 @options.JSON
 def matrix(as_json: bool, **asked: Any) -> None:
     """Export models by devices by formats by recipes, as FILE says, and compare them (docs/matrix.md).

@@ -114,6 +114,25 @@ _BUDGET = (
 )
 
 
+_MATRIX = (
+    click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        help="Folder of results. [default: as FILE says, or `matrix`]",
+    ),
+    click.option(
+        "--jobs", type=click.IntRange(min=1), help="Exports at a time. [default: one for two cores]"
+    ),
+    click.option(
+        "--memory", metavar="SIZE", help="Of all exports together: 16GB. [default: 0.9 of what is available]"
+    ),
+    click.option(
+        "--scheduler", metavar="ADDRESS", help="On the workers of this Dask scheduler: tcp://host:8786."
+    ),
+    click.option("--force", is_flag=True, help="Export again what is there already."),
+)
+
+
 def quantization(command: _F) -> _F:
     """Add the options that change a device's recipe."""
     return _with(command, _QUANTIZATION)
@@ -122,6 +141,11 @@ def quantization(command: _F) -> _F:
 def budget(command: _F) -> _F:
     """Add the limits that a recipe is searched for."""
     return _with(command, _BUDGET)
+
+
+def matrix(command: _F) -> _F:
+    """Add what a matrix may take, and where it is made."""
+    return _with(command, _MATRIX)
 
 
 def _with(command: _F, options: tuple[Callable[[_F], _F], ...]) -> _F:

@@ -98,7 +98,7 @@ class Progress:
     ) -> None:
         self.stages: dict[str, float] = {}
         """Wall seconds by stage, in order; a name used twice adds up."""
-        self._console = console or StderrConsole()
+        self.console = console or StderrConsole()
         self._silent = silent
         self._heartbeat = heartbeat
         self._open: list[Stage] = []
@@ -116,7 +116,7 @@ class Progress:
         stage = Stage(name, total)
         outermost = not self._open
         self._open.append(stage)
-        display = _Display(self._console, stage, self._heartbeat, animated=outermost, silent=self._silent)
+        display = _Display(self.console, stage, self._heartbeat, animated=outermost, silent=self._silent)
         outcome = "failed"
         try:
             display.begin()
@@ -136,7 +136,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Write one line, above whatever is being shown."""
         if not self._silent:
-            _Writer(self._console).line(text)
+            _Writer(self.console).line(text)
 
 
 class _Writer:
@@ -171,7 +171,7 @@ class _Display:
         self._silent = silent
         self._writer = _Writer(console)
         self._spinner = Spinner("dots")
-        animated = animated and not silent and _is_terminal(console)
+        animated = animated and not silent and is_terminal(console)
         self._live = _live(console, self._spinner) if animated else None
         self._over = threading.Event()
         # A daemon, so that no crash of ours keeps the process alive.
@@ -240,7 +240,7 @@ def _live(console: Console, spinner: Spinner) -> Live:
     )
 
 
-def _is_terminal(console: Console) -> bool:
+def is_terminal(console: Console) -> bool:
     """A real terminal: not a log for which somebody forced colours, and one that can move its cursor."""
     try:
         return os.isatty(console.file.fileno()) and console.is_terminal and not console.is_dumb_terminal

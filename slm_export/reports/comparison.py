@@ -104,7 +104,7 @@ def to_markdown(comparison: Comparison) -> str:
         ["recipe", *(column.recipe for column in columns)],
         ["gate", *(column.gate for column in columns)],
     ]
-    rows = [[_escaped(text) for text in row] for row in rows]
+    rows = [[escaped(text) for text in row] for row in rows]
     rows.insert(1, ["---", *("---:" for _ in columns)])
     for one in comparison.figures:
         texts = []
@@ -112,20 +112,20 @@ def to_markdown(comparison: Comparison) -> str:
             value, change, worse = cell(comparison, one, column)
             texts.append(f"{value} ({f'**{change}**' if worse else change})" if change else value)
         rows.append([one.label, *texts])
-    lines = [f"### {_escaped(comparison.model)}", "", *(f"| {' | '.join(row)} |" for row in rows)]
+    lines = [f"### {escaped(comparison.model)}", "", *(f"| {' | '.join(row)} |" for row in rows)]
     if len(columns) > 1:
         against = columns[0].bundle
-        lines += ["", f"In brackets: against {_escaped(against)}; bold is for the worse."]
+        lines += ["", f"In brackets: against {escaped(against)}; bold is for the worse."]
     for label, changed in comparison.toolchain.items():
         versions = ", ".join(
             f"{name} {old or 'none'} → {new or 'none'}" for name, (old, new) in changed.items()
         )
-        lines += ["", f"Made with other versions: {_escaped(label)}: {_escaped(versions)}"]
-    lines += [line for note in comparison.notes for line in ("", f"Mind that {_escaped(note)}.")]
+        lines += ["", f"Made with other versions: {escaped(label)}: {escaped(versions)}"]
+    lines += [line for note in comparison.notes for line in ("", f"Mind that {escaped(note)}.")]
     return "\n".join(lines) + "\n"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Return text that Markdown shows as it is."""
     for char in "\\`*_{}[]<>#|":
         text = text.replace(char, f"\\{char}")

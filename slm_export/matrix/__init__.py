@@ -1,0 +1,1 @@
+"""``slm-export matrix``: models by devices by formats by recipes, exported side by side."""
