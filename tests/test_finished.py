@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -98,11 +99,45 @@ def test_one_of_many_exports_leaves_them_to_the_others(monkeypatch: pytest.Monke
     assert kept[0].folder.exists()
 
 
-def test_what_nobody_came_back_for_is_removed() -> None:
-    old = finished_weights(["old"]).folder
-    os.utime(old, (0, 0))
+def test_two_exports_of_one_model_at_once_share_and_the_last_one_removes() -> None:
+    made = quantize(normal(4, 32), 4, 32)
+    with until_the_end() as last:
+        last.append(finished_weights(["model"]))
+        with until_the_end() as first:
+            first.append(finished_weights(["model"]))
+            first[0].keep("w", lambda: made)
+        assert last[0].folder.exists()
+        last[0].keep("w", never)
+        last[0].keep("v", lambda: made)
+        assert last[0].reused == ["w"]
+    assert not last[0].folder.exists()
+
+
+def test_a_cache_that_is_emptied_meanwhile_takes_nothing_away() -> None:
+    made = quantize(normal(4, 32), 4, 32)
+    finished = finished_weights(["model"])
+    first = finished.keep("v", lambda: made)
+    shutil.rmtree(finished.folder)
+    second = finished.keep("w", lambda: made)
+    shutil.rmtree(finished.folder)
+    for kept in (first, second):
+        assert torch.equal(kept.packed, made.packed)
+
+
+def test_what_is_in_use_is_not_removed_however_old() -> None:
+    old = finished_weights(["old"])
+    os.utime(old.folder, (0, 0))
     finished_weights(["new"])
-    assert not old.exists()
+    assert old.folder.exists()
+
+
+def test_what_nobody_came_back_for_is_removed() -> None:
+    old = finished_weights(["old"])
+    assert old.held is not None
+    old.held.leave(remove=False)
+    os.utime(old.folder, (0, 0))
+    finished_weights(["new"])
+    assert not old.folder.exists()
 
 
 def test_a_killed_export_goes_on_and_gives_the_same_bytes(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slm_export import __version__
+from slm_export.bundles.held import Held, reclaim
 from slm_export.errors import GateError
 from slm_export.weights import CODE_RANGE, Dense, Palettized, Quantized, Weight
 
@@ -62,6 +62,8 @@ class Finished:
     folder: Path
     reused: list[str] = field(default_factory=list)
     """Names of the weights that an earlier run had finished."""
+    held: Held | None = None
+    """While an export uses the folder; another one of the same model may use it too."""
 
     def keep(self, name: str, make: Callable[[], Kept]) -> Kept:
         """Return the weight from its file; made and written first, if it is not there."""
@@ -70,10 +72,10 @@ class Finished:
         if found is not None:
             self.reused.append(name)
             return found  # type: ignore[return-value]  # what was made by the same call of another run
-        _write(path, make())
-        found = _read(path)
-        assert found is not None, path
-        return found  # type: ignore[return-value]
+        made = make()
+        _write(path, made)
+        # Somebody may empty the cache at any moment; then the weight stays in memory.
+        return _read(path) or made  # type: ignore[return-value]
 
 
 def cache_folder() -> Path:
@@ -89,39 +91,41 @@ def finished_weights(follows_from: Sequence[object]) -> Finished:
     key = hashlib.sha256(json.dumps([__version__, *follows_from]).encode()).hexdigest()
     root = cache_folder() / "finished"
     _remove_forgotten(root)
-    folder = root / key[:32]
-    folder.mkdir(parents=True, exist_ok=True)
-    os.utime(folder)
-    return Finished(folder)
+    held = Held(root / key[:32])
+    os.utime(held.folder)
+    return Finished(held.folder, held=held)
 
 
 @contextmanager
 def until_the_end() -> Iterator[list[Finished]]:
-    """Remove what the list then holds when the export ends, by success or by a verdict; weights stay readable."""
+    """Remove what the list then holds when the export ends, by success or by a verdict; weights stay readable.
+
+    What another export uses is left to that.
+    """
     kept: list[Finished] = []
     try:
         yield kept
-    except GateError:
-        _forget(kept)
+    except BaseException as error:
+        _leave(kept, remove=isinstance(error, GateError))
         raise
-    _forget(kept)
+    _leave(kept, remove=True)
 
 
-def _forget(kept: Sequence[Finished]) -> None:
-    if os.environ.get(KEEP_VARIABLE):
-        return
+def _leave(kept: Sequence[Finished], *, remove: bool) -> None:
     for finished in kept:
-        shutil.rmtree(finished.folder, ignore_errors=True)
+        if finished.held is not None:
+            finished.held.leave(remove=remove and not os.environ.get(KEEP_VARIABLE))
 
 
 def _remove_forgotten(root: Path) -> None:
     for folder in root.glob("*"):
         with suppress(OSError):
             if time.time() - folder.stat().st_mtime > _FORGOTTEN_S:
-                shutil.rmtree(folder, ignore_errors=True)
+                reclaim(folder)
 
 
 def _write(path: Path, weight: Weight) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     if isinstance(weight, Dense):
         tensors, bits = {"values": weight.load().contiguous()}, 0

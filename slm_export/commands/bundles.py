@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from slm_export.bundles.scratch import scratch
 from slm_export.commands.terminal import print_json, stdout, working
 from slm_export.compilation import Request, make_plan
 from slm_export.errors import GateError, InputError
@@ -99,7 +100,7 @@ def run_command(
     as_json: bool,
 ) -> None:
     """Run a bundle on a prompt."""
-    with kept_from_terminal():
+    with kept_from_terminal(), scratch():
         from slm_export.generation import Sampling
         from slm_export.keras import bundle as keras_bundle
         from slm_export.opened import open_bundle

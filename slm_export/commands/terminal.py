@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
+from slm_export.bundles.scratch import scratch
 from slm_export.native_log import kept_from_terminal
 from slm_export.progress import Progress, StderrConsole
 
@@ -19,7 +20,7 @@ def working() -> Iterator[Progress]:
     # Set before transformers is imported: neither notes on other frameworks nor network calls are wanted.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with kept_from_terminal() as stderr:
+    with kept_from_terminal() as stderr, scratch():
         yield Progress(StderrConsole(stderr))
 
 

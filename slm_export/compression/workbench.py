@@ -45,7 +45,7 @@ class Workbench:
         kept: Path | None = getattr(self.keeper, "folder", None)
         if kept is not None:
             scratch = kept / "scratch"
-            scratch.mkdir(exist_ok=True)
+            scratch.mkdir(parents=True, exist_ok=True)
             yield scratch
             return
         with tempfile.TemporaryDirectory(prefix="slm-export-") as made:
