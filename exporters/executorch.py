@@ -133,14 +133,16 @@ class ExecuTorchExporter:
 
 def _write_decoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Signature:
     from slm_export.exporters.executorch_dialect import ExecuTorchDialect
+    from slm_export.exporters.executorch_gelu import with_tanh_gelu
     from slm_export.exporters.executorch_lowering import lower_decoder
+    from slm_export.exporters.executorch_norms import with_norms
     from slm_export.graph.model import build_decoder
 
     dialect = ExecuTorchDialect()
     longest = min(PREFILL_CHUNK, options.context)
 
     def build(checkpoint: Checkpoint) -> nn.Module:
-        return dialect.with_norms(build_decoder(checkpoint, dialect, options.context))
+        return with_norms(with_tanh_gelu(build_decoder(checkpoint, dialect, options.context)))
 
     def trace(module: nn.Module) -> ExportedProgram:
         return _trace_decoder(module, longest)
@@ -179,13 +181,15 @@ def _constants(checkpoint: Checkpoint, options: ExportOptions) -> Mapping[str, A
 
 def _write_encoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Signature:
     from slm_export.exporters.executorch_dialect import ExecuTorchDialect, register_whole_attention
+    from slm_export.exporters.executorch_gelu import with_tanh_gelu
     from slm_export.exporters.executorch_lowering import to_edge, write
+    from slm_export.exporters.executorch_norms import with_norms
     from slm_export.graph.model import build_encoder
 
     dialect = ExecuTorchDialect()
     encoder = build_encoder(checkpoint, dialect, register_whole_attention())
     names = ["input_ids", "attention_mask", "token_type_ids"][: 2 + encoder.takes_token_types]
-    least, program = _trace_encoder(dialect.with_norms(encoder), len(names), options.context)
+    least, program = _trace_encoder(with_norms(with_tanh_gelu(encoder)), len(names), options.context)
     constants = {
         "get_max_seq_len": options.context,
         "get_min_seq_len": least,

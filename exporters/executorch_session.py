@@ -44,7 +44,9 @@ def open_session(path: Path, task: str) -> Session:
     """Open a program; InputError where it is not one, or not a program of ours."""
     runtime = load_runtime()
     try:
-        program = runtime._load_program(str(path), program_verification=runtime.Verification.Minimal)
+        program = runtime._load_program(
+            str(path), program_verification=runtime.Verification.InternalConsistency
+        )
         names = {program.get_method_name(i) for i in range(program.num_methods())}
         if "forward" not in names:
             raise InputError(f"{path}: has no method 'forward'; export the model again")
@@ -81,6 +83,7 @@ class _Decoder(_Program):
         self.prefill_chunk = int(self._metadata["get_max_seq_len"])
         named = self._metadata.get("get_eos_ids", [])
         self.stop_ids = tuple(named) if isinstance(named, (list, tuple)) else (named,)
+        self.bos_id: int | None = self._metadata.get("get_bos_id")
 
     def logits(self, tokens: Sequence[int], start: int) -> Tensor:
         """Feed tokens at position ``start``; return float32 (vocabulary,) after the last of them."""

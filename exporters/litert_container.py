@@ -16,12 +16,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
-from slm_export.errors import InputError
+from slm_export.foreign import reading
 from slm_export.runtime import ExportOptions
 
 _NAME = "model.tflite"
 _HEADER_BYTES = 4096
 _CHUNK = 1 << 20
+_MOST_SECTIONS = 256
 _UNREPEATABLE = (
     rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00",
     rb"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
@@ -41,22 +42,27 @@ class Container:
     @classmethod
     def read(cls, path: Path) -> Container:
         """Read the header; InputError where this is not such a file."""
-        try:
-            header = _header(path)
-            found = {s.DataType(): (s.BeginOffset(), s.EndOffset()) for s in _sections(header)}
+        with reading(path, "LiteRT-LM cannot open it"):
+            size = path.stat().st_size
+            found = {s.DataType(): (s.BeginOffset(), s.EndOffset()) for s in _sections(_header(path))}
+            if outside := [place for place in found.values() if not 0 <= place[0] <= place[1] <= size]:
+                raise ValueError(f"a section at {outside[0]} in a file of {size:,} bytes")
             kinds = _schema().AnySectionDataType
             begin, end = found[kinds.LlmMetadataProto]
             with open(path, "rb") as file:
                 file.seek(begin)
                 metadata = _proto("llm_metadata").LlmMetadata.FromString(file.read(end - begin))
             return cls(path, found[kinds.TFLiteModel], metadata)
-        except (OSError, ValueError, KeyError, IndexError) as error:
-            raise InputError(f"{path}: LiteRT-LM cannot open it: {error}; export the model again") from error
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens at which LiteRT-LM stops."""
         return tuple(i for union in self.metadata.stop_tokens for i in union.token_ids.ids)
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that LiteRT-LM puts before a prompt; None: none."""
+        return next(iter(self.metadata.start_token.token_ids.ids), None)
 
     @contextmanager
     def extracted(self) -> Iterator[Path]:
@@ -141,11 +147,15 @@ def _header(path: Path) -> Any:
             raise ValueError("not a .litertlm file")
         at = core.HEADER_END_LOCATION_BYTE_OFFSET
         end = int.from_bytes(start[at : at + 8], "little")
+        if not len(start) < end <= path.stat().st_size:
+            raise ValueError(f"a header that ends at byte {end}")
         return _schema().LiteRTLMMetaData.GetRootAs(file.read(end - len(start)), 0)
 
 
 def _sections(header: Any) -> Iterator[Any]:
     listed = header.SectionMetadata()
+    if listed is None or listed.ObjectsLength() > _MOST_SECTIONS:
+        raise ValueError("no list of sections")
     for index in range(listed.ObjectsLength()):
         yield listed.Objects(index)
 

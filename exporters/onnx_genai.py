@@ -61,11 +61,20 @@ def write_config(
 
 def stop_ids(path: Path) -> tuple[int, ...]:
     """Return where generation ends, as genai_config.json beside a model says; none without that file."""
+    named = _model_of(path).get("eos_token_id", ())
+    return (named,) if isinstance(named, int) else tuple(named)
+
+
+def bos_id(path: Path) -> int | None:
+    """Return the opening token that genai_config.json beside a model names; None without."""
+    named: int | None = _model_of(path).get("bos_token_id")
+    return named
+
+
+def _model_of(path: Path) -> dict[str, Any]:
     file = path.with_name(CONFIG)
-    if not file.is_file():
-        return ()
-    named = json.loads(file.read_text(encoding="utf-8"))["model"]["eos_token_id"]
-    return tuple(named) if isinstance(named, list) else (named,)
+    made: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["model"] if file.is_file() else {}
+    return made
 
 
 class GenaiTokenizer:

@@ -19,7 +19,7 @@ from slm_export.fidelity.judging import checks_of, judge_acceleration
 from slm_export.gates import Gates
 from slm_export.judge import Judgement, Subject, judge_artifact
 from slm_export.locked import held_against, inputs_of, lock_of
-from slm_export.optimize import calibration_for, optimize
+from slm_export.optimize import Optimized, calibration_for, optimize
 from slm_export.parity import Trace, compare, judge_pairs
 from slm_export.planning import compiled
 from slm_export.progress import Progress
@@ -101,7 +101,7 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
         artifacts = tuple(artifact for artifact, _ in subjects)
         if lock is not None:
             notes += lock.refuse_other_bytes(artifacts, staging.path)
-        results, pairs, more = _prove(plan, subjects, source, checkpoint, progress)
+        results, pairs, more = _prove(plan, subjects, source, optimized, progress)
         notes += more
         report = Report(
             model=facts,
@@ -194,7 +194,7 @@ def _prove(
     plan: Plan,
     subjects: Sequence[tuple[Artifact, Subject]],
     source: Checkpoint,
-    checkpoint: Checkpoint,
+    optimized: Optimized,
     progress: Progress,
 ) -> tuple[tuple[FormatResult, ...], tuple[Pair, ...], list[str]]:
     """Open every artifact again, compare it with its source and with the others, and measure it."""
@@ -202,7 +202,7 @@ def _prove(
     results: list[FormatResult] = []
     traces: dict[str, Trace] = {}
     notes: list[str] = []
-    with fidelity.references(source, checkpoint, len(subjects)) as made_from:
+    with fidelity.references(source, optimized.checkpoint, optimized.steps, len(subjects)) as made_from:
         for artifact, subject in subjects:
             result, judged = _judge(plan, artifact, subject, made_from, several, progress)
             results.append(result)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from slm_export import fidelity
 from slm_export.evaltext import load_sentences, paragraphs
+from slm_export.fidelity.exactness import judge_exact
+from slm_export.fidelity.steps import judge_steps
 from slm_export.fidelity.tokens import TOKENS
 from slm_export.fidelity.vocabularies import FewerTokens
 from slm_export.gates import Gates
@@ -59,6 +61,10 @@ def judge_artifact(
             codes = judge_codes(exporter.stored(subject.path), quantized_weights(references.quantized))
             sample = subject.tokenizer.encode_with_template(subject.documents[0])
             own = exporter.own_checks(subject.path, references.quantized, sample)
+            steps = judge_steps(references.steps, subject.gates)
+        if exporter.elsewhere is None:  # else executed in float32 by its own checks
+            with progress.stage(f"write {name} in 32 bits"):
+                own = (*own, judge_exact(exporter, references.quantized, _bundle(subject) / "tokenizer"))
         with progress.stage("compare tokenizers"):
             verdict = _judge_tokenizer(subject)
             both = references.vocabularies(subject.tokenizer)
@@ -95,7 +101,7 @@ def judge_artifact(
                 )
         traced = _trace(subject, session) if trace else None
         return Judgement(
-            (*more, codes, *own, _judge_context(subject, session), *checks, *verdict.checks, *kept),
+            (*more, codes, *steps, *own, _judge_context(subject, session), *checks, *verdict.checks, *kept),
             (*notes, *verdict.notes, *_words(quality)),
             quality,
             traced,
@@ -147,13 +153,14 @@ def self_check(subject: Subject, *, trace: bool = False) -> Judgement:
 def _self_checks(subject: Subject, session: DecoderSession) -> tuple[tuple[Check, ...], tuple[str, ...]]:
     """Return checks of a decoder that need no source, and notes on those that cannot be made here."""
     stops = fidelity.judge_stop_tokens(session.stop_ids, subject.tokenizer.stop_ids)
+    opening = fidelity.judge_opening_token(session.bos_id, subject.tokenizer)
     if subject.exporter.elsewhere:
-        return (stops,), _elsewhere(subject)
+        return (stops, opening), _elsewhere(subject)
     prompt = " ".join(subject.documents[0].split()[:12])
     text = judge_vendor_text(
         subject.exporter, subject.path, subject.runner_tokenizer, subject.tokenizer, session, prompt
     )
-    return (stops, text), ()
+    return (stops, opening, text), ()
 
 
 def _judge_context(subject: Subject, session: DecoderSession | EncoderSession) -> Check:
@@ -182,10 +189,12 @@ def _judge_tokenizer(subject: Subject) -> fidelity.TokenizerVerdict:
         subject.gates,
     )
     # A runner's own file may be in other words than the source's (`phone_tokenizer`); the bundle's is the source's.
-    file = fidelity.judge_tokenizer_file(
-        subject.tokenizer, subject.runner_tokenizer.parent.parent / OWN_TOKENIZER
-    )
+    file = fidelity.judge_tokenizer_file(subject.tokenizer, _bundle(subject) / OWN_TOKENIZER)
     return replace(verdict, checks=(*verdict.checks, file))
+
+
+def _bundle(subject: Subject) -> Path:
+    return subject.path.parents[len(Path(subject.exporter.file(subject.task)).parts) - 1]
 
 
 def _trace(subject: Subject, session: DecoderSession | EncoderSession) -> Trace:

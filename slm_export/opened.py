@@ -132,7 +132,7 @@ def _made_from(
     recorded = None if manifest.calibration is None else CalibrationFacts(**manifest.calibration.model_dump())
     refuse_other_text(text, recorded, where)
     optimized = optimize(recipe, original, manifest.model.source_sha256, text, None, progress)
-    with references(original, optimized.checkpoint, len(manifest.artifacts)) as found:
+    with references(original, optimized.checkpoint, optimized.steps, len(manifest.artifacts)) as found:
         yield found
 
 

@@ -18,10 +18,11 @@ from slm_export.compression.calibration import (
 )
 from slm_export.compression.workbench import Workbench
 from slm_export.errors import InputError
+from slm_export.fidelity.steps import StepErrors, worst_of
 from slm_export.graph.model import build_reference
 from slm_export.progress import Progress
 from slm_export.recipe import Recipe, options_of, unaccounted
-from slm_export.reports.by_weight import relative_errors, still_true
+from slm_export.reports.by_weight import Changes, changes_of, still_true
 from slm_export.results import CalibrationFacts, PassRow
 from slm_export.source.tasks import GENERATION
 from slm_export.tokenization.tokenizer import SourceTokenizer, tokenizer_of
@@ -37,6 +38,11 @@ class Optimized:
     calibration: CalibrationFacts | None
     errors: dict[str, float]
     """Relative squared error by weight, of the last pass that changed it."""
+    steps: StepErrors | None
+    """How far passes put codes from what they stand for; None where none did."""
+
+
+_UNKNOWN = Changes(None, {}, None)
 
 
 def optimize(
@@ -54,6 +60,7 @@ def optimize(
     """
     checkpoint, rows, notes = source, [], []
     errors: dict[str, float] = {}
+    steps: StepErrors | None = None
     text = None if calibration is None else calibration.sha256
     facts = None if calibration is None else _facts(calibration)
     done: list[object] = [source_sha256, *([text] if text else [])]
@@ -68,8 +75,9 @@ def optimize(
         notes += [*([note] if note else []), *(f"{step.name}: {note}" for note in result.notes)]
         if forgotten := unaccounted(checkpoint, result.checkpoint, result.skipped):
             raise AssertionError(f"{step.name}: neither changed nor skipped with a reason: {forgotten}")
-        whole, each = (None, {}) if step.structural else relative_errors(checkpoint, result.checkpoint)
-        errors = {**still_true(errors, checkpoint, result.checkpoint), **each}
+        changes = _UNKNOWN if step.structural else changes_of(checkpoint, result.checkpoint)
+        errors = {**still_true(errors, checkpoint, result.checkpoint), **changes.errors}
+        steps = worst_of((steps, changes.steps))
         row = PassRow(
             name=step.name,
             options=options_of(step),
@@ -78,14 +86,14 @@ def optimize(
             bytes_after=result.checkpoint.bytes,
             changed=len(checkpoint.weights) - len(result.skipped),
             skipped=dict(result.skipped),
-            error=whole,
+            error=changes.error,
         )
         rows.append(row)
         if calibration is not None and result.checkpoint.vocabulary is not checkpoint.vocabulary:
             tokenizer = tokenizer_of(result.checkpoint)
             calibration = calibration.read_by(tokenizer, source.task, source.positions)
         checkpoint = replace(result.checkpoint, history=(*checkpoint.history, step.name))
-    return Optimized(checkpoint, tuple(rows), tuple(notes), facts, errors)
+    return Optimized(checkpoint, tuple(rows), tuple(notes), facts, errors, steps)
 
 
 def calibration_for(

@@ -44,6 +44,8 @@ class DecoderSession(Protocol):
     """The most tokens that one call takes."""
     stop_ids: tuple[int, ...]
     """Where the file itself says that generation ends."""
+    bos_id: int | None
+    """The opening token that the file itself names; None: it names none."""
 
     def logits(self, tokens: Sequence[int], start: int) -> Tensor:
         """Feed tokens at position ``start``; return float32 (vocabulary,) after the last of them."""

@@ -9,16 +9,16 @@ import torch
 from checkpoints import checkpoint, normal
 
 from slm_export.optimizers.group_quantize import GroupQuantize
-from slm_export.reports.by_weight import layer_of, relative_errors, rows_of, still_true
+from slm_export.reports.by_weight import Changes, changes_of, layer_of, rows_of, still_true
 
 
 def test_the_error_is_relative_to_what_changed() -> None:
     before = checkpoint({"a": torch.full((2, 32), 2.0), "b": normal(2, 32)})
-    assert relative_errors(before, before) == (None, {})
+    assert changes_of(before, before) == Changes(None, {}, None)
     after = before.with_weights(checkpoint({"a": torch.full((2, 32), 3.0)}).weights)
-    whole, each = relative_errors(before, after)
-    assert whole == pytest.approx(0.25)
-    assert each == {"a": pytest.approx(0.25)}
+    made = changes_of(before, after)
+    assert made.error == pytest.approx(0.25)
+    assert made.errors == {"a": pytest.approx(0.25)}
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -26,20 +26,20 @@ def test_errors_are_those_of_the_values_in_double_precision(bits: int) -> None:
     # More rows than a block of values holds.
     before = checkpoint({"w": normal(1200, 256), "v": normal(64, 256)})
     after = GroupQuantize(bits=bits).run(before).checkpoint
-    whole, each = relative_errors(before, after)
+    made = changes_of(before, after)
     error = norm = 0.0
     for name, weight in before.weights.items():
         old = weight.float32().double()
         wrong = (after.weights[name].float32().double() - old).square().sum().item()
-        assert each[name] == pytest.approx(wrong / old.square().sum().item(), rel=1e-4)
+        assert made.errors[name] == pytest.approx(wrong / old.square().sum().item(), rel=1e-4)
         error, norm = error + wrong, norm + old.square().sum().item()
-    assert whole == pytest.approx(error / norm, rel=1e-4)
+    assert made.error == pytest.approx(error / norm, rel=1e-4)
 
 
 def test_zeros_other_shapes_and_removed_weights_have_no_relative_error() -> None:
     before = checkpoint({"zero": torch.zeros(2, 32), "gone": normal(2, 32), "cut": normal(4, 32)})
     made = checkpoint({"zero": torch.ones(2, 32), "cut": normal(2, 32)})
-    assert relative_errors(before, replace(before, weights=made.weights)) == (None, {})
+    assert changes_of(before, replace(before, weights=made.weights)) == Changes(None, {}, None)
 
 
 def test_an_error_holds_until_the_next_pass_touches_its_weight() -> None:

@@ -6,6 +6,8 @@
     vocabularies how a text is read by an artifact that has fewer tokens than its source
     tokenizers  the app's tokenizer and stop tokens against the source's
     references  the torch models that artifacts are compared with
+    steps       codes against the numbers that they stand for, block by block
+    exactness   a miniature of the model, in 32 bits, against the same miniature in torch
     thresholds  what is demanded where neither profile nor settings say
 
 Two distances are kept apart: quantization loss (source against the same model with the quantized weights, both
@@ -18,6 +20,7 @@ from slm_export.fidelity.references import References, references
 from slm_export.fidelity.thresholds import default_gates
 from slm_export.fidelity.tokenizers import (
     TokenizerVerdict,
+    judge_opening_token,
     judge_stop_tokens,
     judge_tokenizer,
     judge_tokenizer_file,
@@ -31,6 +34,7 @@ __all__ = [
     "default_gates",
     "judge_decoder",
     "judge_encoder",
+    "judge_opening_token",
     "judge_stop_tokens",
     "judge_tokenizer",
     "judge_tokenizer_file",

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slm_export.gates import Gates
-from slm_export.results import Artifact, Check, Delegation, Latency, Quality
+from slm_export.results import Check, Delegation
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
-def checks_of(
-    measured: Quality | Artifact | Latency, gates: Gates, details: dict[str, str]
-) -> tuple[Check, ...]:
+def checks_of(measured: DataclassInstance, gates: Gates, details: dict[str, str]) -> tuple[Check, ...]:
     """Return a check for every figure of ``measured`` that ``gates`` bounds, in the order of the thresholds.
 
     ``details`` says, for a figure, where the two sides part. A bounded figure that could not be measured fails.

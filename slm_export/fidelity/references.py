@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from slm_export.checkpoint import Checkpoint
+from slm_export.fidelity.steps import StepErrors
 from slm_export.fidelity.vocabularies import OneVocabulary, Vocabularies, fewer_tokens
 from slm_export.graph.dialect import Rounding
 from slm_export.graph.model import build_reference
@@ -25,21 +26,29 @@ from slm_export.tokenization.tokenizer import SourceTokenizer, tokenizer_of
 
 
 @contextmanager
-def references(source: Checkpoint, quantized: Checkpoint, formats: int) -> Iterator[References]:
+def references(
+    source: Checkpoint, quantized: Checkpoint, steps: StepErrors | None, formats: int
+) -> Iterator[References]:
     """Yield the models that so many formats are compared with; what they say is kept if there are several."""
     if formats < 2:
-        yield References(source, quantized)
+        yield References(source, quantized, steps)
         return
     with TemporaryDirectory(prefix="slm-export-") as folder:
-        yield References(source, quantized, Path(folder))
+        yield References(source, quantized, steps, Path(folder))
 
 
 class References:
     """The source model, and the quantized one with and without a runtime's rounding of activations."""
 
-    def __init__(self, source: Checkpoint, quantized: Checkpoint, folder: Path | None = None) -> None:
-        """``folder``: where outputs are kept for the next artifact; None: nowhere."""
-        self.source, self.quantized = source, quantized
+    def __init__(
+        self,
+        source: Checkpoint,
+        quantized: Checkpoint,
+        steps: StepErrors | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """``steps``: what the passes did; ``folder``: where outputs are kept for the next artifact; None: nowhere."""
+        self.source, self.quantized, self.steps = source, quantized, steps
         self._folder = folder
 
     @functools.cached_property

@@ -48,6 +48,8 @@ _SCORES = {
     8: Gates(min_agreement=0.97),
     16: Gates(min_agreement=0.99),
 }
+_ANY = Gates(max_rounding_steps=2.5, max_rounding_bias=0.25)
+"""Whatever the task and the bits; `rounding` says what good passes leave."""
 _BY_TASK = {
     GENERATION: _DECODER,
     EMBEDDING: _EMBEDDING,
@@ -56,4 +58,4 @@ _BY_TASK = {
 
 def default_gates(task: str, bits: int) -> Gates:
     """Return the thresholds for a task and the fewest bits of any weight in the recipe; 32 counts as 16."""
-    return _BY_TASK.get(task, _SCORES)[min(bits, 16)]
+    return _BY_TASK.get(task, _SCORES)[min(bits, 16)].over(_ANY)

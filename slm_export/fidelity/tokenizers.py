@@ -133,6 +133,18 @@ def _transformers_parts(source: SourceTokenizer, strings: Sequence[Case]) -> tup
     )
 
 
+def judge_opening_token(in_file: int | None, tokenizer: SourceTokenizer) -> Check:
+    """Compare the opening token that the file names with the tokenizer's.
+
+    A file may name none where the tokenizer does not put one before a text by itself.
+    """
+    needed = tokenizer.bos_id if tokenizer.adds_bos or in_file is not None else None
+    detail = f"the file opens a text with {in_file}" + (
+        "" if in_file == needed else f", the tokenizer with {needed}"
+    )
+    return Check("opening_token", in_file == needed, detail)
+
+
 def judge_stop_tokens(in_file: Sequence[int], stop_ids: tuple[int, ...]) -> Check:
     """Compare the stop tokens that the file names with those of ``generation_config.json``."""
     passed = sorted(in_file) == sorted(stop_ids)

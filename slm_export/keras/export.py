@@ -27,7 +27,7 @@ from slm_export.progress import Progress
 from slm_export.recipe import options_of
 from slm_export.registry import exporter
 from slm_export.reports.asked import asked
-from slm_export.reports.by_weight import relative_errors, rows_of
+from slm_export.reports.by_weight import changes_of, rows_of
 from slm_export.reports.environment import environment
 from slm_export.results import Artifact, FormatResult, Latency, ModelFacts, PassRow, Quality, Report
 from slm_export.source.tasks import CLASSIFICATION, EMBEDDING
@@ -72,7 +72,7 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
             peak_rss_mb=progress.peak_rss_mb,
             notes=(*plan.notes, *_recipe_note(plan), *read.notes, *notes),
             asked=asked(plan.request),
-            weights=rows_of(checkpoint, relative_errors(read.converted.checkpoint, checkpoint)[1]),
+            weights=rows_of(checkpoint, changes_of(read.converted.checkpoint, checkpoint).errors),
             environment=environment(),
         )
         refuse_failures(report)
@@ -101,7 +101,7 @@ def quantize(converted: Converted, step: GroupQuantize, progress: Progress) -> t
         bytes_after=result.checkpoint.bytes,
         changed=len(before.weights) - len(skipped),
         skipped=skipped,
-        error=relative_errors(before, result.checkpoint)[0],
+        error=changes_of(before, result.checkpoint).error,
     )
     return replace(result.checkpoint, history=(step.name,)), row
 

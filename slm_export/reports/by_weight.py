@@ -1,41 +1,58 @@
 """What became of every weight: how far it is from what it was, and what it takes.
 
-relative_errors  what one pass did to the values
-rows_of          a row for every weight of a finished checkpoint
+changes_of  what one pass did to the values
+rows_of     a row for every weight of a finished checkpoint
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from slm_export.checkpoint import Checkpoint
+from slm_export.fidelity.steps import StepErrors, steps_of, worst_of
 from slm_export.reports.details import WeightRow
-from slm_export.weights import Dense, Weight, float_blocks
+from slm_export.weights import Dense, Quantized, Weight, float_blocks
 
 _BLOCK = 1 << 18  # values, which stay in the processor's cache
 _IN_BLOCK = re.compile(r".+?\.(?P<layer>\d+)\.(?P<part>.+)")
 
 
-def relative_errors(before: Checkpoint, after: Checkpoint) -> tuple[float | None, dict[str, float]]:
-    """Return sum |w - w'|^2 / sum |w|^2 over the weights that differ (None if none does), and of each by itself.
+@dataclass(frozen=True)
+class Changes:
+    """What one pass did to the weights that it changed; one of another shape than before is not among them."""
 
-    One of another shape than before, or of zeros, has no relative error.
-    """
+    error: float | None
+    """sum |w - w'|^2 / sum |w|^2 over all of them; None of none."""
+    errors: Mapping[str, float]
+    """Of each by itself; one of zeros has none."""
+    steps: StepErrors | None
+    """Of those that came onto the integer grid; None of none."""
+
+
+def changes_of(before: Checkpoint, after: Checkpoint) -> Changes:
+    """Compare every weight that is another than before."""
     errors: dict[str, float] = {}
+    rounded: list[StepErrors] = []
     total = total_norm = 0.0
     for name, weight in before.weights.items():
         changed = after.weights.get(name)
         if changed is None or changed is weight or changed.shape != weight.shape:
             continue
-        error, norm = _squares(weight, changed)
-        total, total_norm = total + error, total_norm + norm
-        if norm:
-            errors[name] = error / norm
-    return total / total_norm if total_norm else None, errors
+        distance = _Distance(weight, changed)
+        if isinstance(weight, Dense) and isinstance(changed, Quantized):
+            rounded.append(steps_of(name, changed, distance))
+        else:
+            for _ in distance:
+                pass
+        total, total_norm = total + distance.error, total_norm + distance.norm
+        if distance.norm:
+            errors[name] = distance.error / distance.norm
+    return Changes(total / total_norm if total_norm else None, errors, worst_of(rounded))
 
 
 def still_true(errors: Mapping[str, float], before: Checkpoint, after: Checkpoint) -> dict[str, float]:
@@ -67,13 +84,19 @@ def layer_of(name: str) -> tuple[int | None, str]:
     return (int(match["layer"]), match["part"]) if match else (None, whole)
 
 
-def _squares(weight: Weight, changed: Weight) -> tuple[float, float]:
-    """Return |w - w'|^2 and |w|^2."""
-    error = norm = 0.0
-    for old, new in zip(*(float_blocks(side, _BLOCK) for side in (weight, changed)), strict=True):
-        norm += _square(old)
-        error += _square(new - old)
-    return error, norm
+class _Distance:
+    """Differences of two weights, block by block of rows; their squares are summed as they go by."""
+
+    def __init__(self, weight: Weight, changed: Weight) -> None:
+        self._sides = (weight, changed)
+        self.error = self.norm = 0.0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for old, new in zip(*(float_blocks(side, _BLOCK) for side in self._sides), strict=True):
+            difference = new - old
+            self.norm += _square(old)
+            self.error += _square(difference)
+            yield difference
 
 
 def _square(x: Tensor) -> float:

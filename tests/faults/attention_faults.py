@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,6 +16,8 @@ from slm_export.graph.dialect import AttentionShape, Dialect, Position
 
 KIND = "attention"
 
+Change = Callable[[Any], Any]
+"""Of one of `AttentionShape`'s values into another."""
 Turn = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -33,18 +35,22 @@ class _Turned(nn.Module):
 class _Other:
     """A dialect whose attention differs from what the layers asked for."""
 
-    def __init__(self, dialect: Dialect, turn: Turn | None, changes: dict[str, Any]) -> None:
+    def __init__(self, dialect: Dialect, turn: Turn | None, changes: Mapping[str, Change]) -> None:
         self._dialect, self._turn, self._changes = dialect, turn, changes
 
     def cached_attention(self, shape: AttentionShape, position: Position) -> nn.Module:
         # None of a window stays None: only layers that have one can get another.
-        changes = {name: value for name, value in self._changes.items() if getattr(shape, name) is not None}
+        changes = {
+            name: change(old)
+            for name, change in self._changes.items()
+            if (old := getattr(shape, name)) is not None
+        }
         part = self._dialect.cached_attention(replace(shape, **changes), position)
         return part if self._turn is None else _Turned(part, self._turn)
 
 
 @contextmanager
-def attending(turn: Turn | None = None, **changes: Any) -> Iterator[None]:
+def attending(turn: Turn | None = None, **changes: Change) -> Iterator[None]:
     """Let every layer attend in another way."""
     original = model._put_caches
 
@@ -55,7 +61,7 @@ def attending(turn: Turn | None = None, **changes: Any) -> Iterator[None]:
         yield
 
 
-def attention(name: str, subject: str = "llama", turn: Turn | None = None, **changes: Any) -> Fault:
+def attention(name: str, subject: str = "llama", turn: Turn | None = None, **changes: Change) -> Fault:
     return Fault(name, KIND, subject, writing=lambda: attending(turn, **changes))
 
 
@@ -67,12 +73,12 @@ def _other_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
 
 
 FAULTS = (
-    attention("no scale", scaling=1.0),
-    attention("scaled by the width, not by its root", scaling=1 / 64),
-    attention("a window one position short", "mistral", window=31),
-    attention("a window one position long", "mistral", window=33),
-    attention("a window of half its size", "mistral", window=16),
-    attention("the window is ignored", "mistral", window=None),
+    attention("no scale", scaling=lambda scale: 1.0),
+    attention("scaled by the width, not by its root", scaling=lambda scale: scale**2),
+    attention("a window one position short", "mistral", window=lambda window: window - 1),
+    attention("a window one position long", "mistral", window=lambda window: window + 1),
+    attention("a window of half its size", "mistral", window=lambda window: window // 2),
+    attention("the window is ignored", "mistral", window=lambda window: None),
     attention("key-value groups exchanged", turn=lambda q, k, v: (q, k.flip(1), v.flip(1))),
     attention("queries take turns at the groups", turn=_other_heads),
     attention("keys and values exchanged", turn=lambda q, k, v: (q, v, k)),

@@ -21,7 +21,7 @@ class Forgetful:
     def __init__(self, session: DecoderSession, feed: Feed) -> None:
         self._session, self._feed = session, feed
         self.context, self.prefill_chunk = session.context, session.prefill_chunk
-        self.stop_ids = session.stop_ids
+        self.stop_ids, self.bos_id = session.stop_ids, session.bos_id
 
     def logits(self, tokens: Sequence[int], start: int) -> Tensor:
         """Return the logits after tokens that are not quite these."""

@@ -18,12 +18,14 @@ from slm_export.checkpoint import Checkpoint
 from slm_export.errors import SlmExportError
 from slm_export.evaltext import load_documents
 from slm_export.fidelity import References, default_gates, tokens
+from slm_export.fidelity.steps import judge_steps
 from slm_export.judge import Subject, judge_artifact
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.parity import judge_codes, quantized_weights
 from slm_export.progress import Progress
 from slm_export.registry import exporter, target
-from slm_export.results import Check
+from slm_export.reports.by_weight import changes_of
+from slm_export.results import Artifact, Check
 from slm_export.runtime import DecoderSession, Exporter, ExportOptions, Session
 from slm_export.source.load import load_checkpoint
 from slm_export.tokenization.tokenizer import SourceTokenizer
@@ -61,7 +63,8 @@ class Planted:
     def references(self) -> References:
         """What source and quantized model say of the text, kept for the next artifact."""
         self.folder.mkdir(parents=True)
-        return References(self.source, self.quantized, self.folder)
+        steps = changes_of(self.source, self.quantized).steps
+        return References(self.source, self.quantized, steps, self.folder)
 
 
 GOOD = Fault("none", "none")
@@ -89,9 +92,10 @@ class Workshop:
         work = self._written(fault, planted, made)
         path, runner = work / made.file(task), work / made.runner_tokenizer(work)
         # The gate asks all its questions; here the first alarm is enough.
+        gates = default_gates(task, fault.bits)
         codes = judge_codes(made.stored(path), quantized_weights(planted.quantized))
-        if not codes.passed:
-            return Caught((codes,))
+        if first := _failed((codes, *judge_steps(planted.references.steps, gates))):
+            return Caught(first)
         subject = Subject(
             _Faulty(made, fault),  # type: ignore[arg-type]
             path,
@@ -99,12 +103,12 @@ class Workshop:
             planted.tokenizer,
             runner,
             _documents(),
-            default_gates(task, fault.bits),
+            gates,
             CONTEXT,
         )
         with patch.object(tokens, "TOKENS", TOKENS), patch.object(judge, "TOKENS", TOKENS):
             judged = judge_artifact(subject, planted.references, Progress(silent=True))
-        return Caught(tuple(check for check in judged.checks if not check.passed))
+        return Caught(_failed(judged.checks))
 
     def _written(self, fault: Fault, planted: Planted, made: Exporter) -> Path:
         """Return a bundle with the artifact; one that has no fault itself is written once."""
@@ -122,22 +126,19 @@ class Workshop:
         path = work / made.file(planted.source.task)
         path.parent.mkdir(parents=True, exist_ok=True)
         made.runner_tokenizer(work)
-        with fault.writing():
-            made.write(fault.written(planted.quantized), self._options(fault, planted, work), path)
+        _Faulty(made, fault).write(planted.quantized, self._options(planted, work), path)
         return work
 
-    def _options(self, fault: Fault, planted: Planted, work: Path) -> ExportOptions:
+    def _options(self, planted: Planted, work: Path) -> ExportOptions:
         tokenizer = planted.tokenizer
-        return fault.options(
-            ExportOptions(
-                context=CONTEXT,
-                stop_ids=tokenizer.stop_ids,
-                bos_id=tokenizer.bos_id,
-                pad_id=tokenizer.pad_id,
-                adds_bos=tokenizer.adds_bos,
-                chat_template=tokenizer.chat_template,
-                tokenizer=work / "tokenizer",
-            )
+        return ExportOptions(
+            context=CONTEXT,
+            stop_ids=tokenizer.stop_ids,
+            bos_id=tokenizer.bos_id,
+            pad_id=tokenizer.pad_id,
+            adds_bos=tokenizer.adds_bos,
+            chat_template=tokenizer.chat_template,
+            tokenizer=work / "tokenizer",
         )
 
     def _planted(self, fault: Fault) -> Planted:
@@ -160,10 +161,15 @@ class Workshop:
 
 
 class _Faulty:
-    """An exporter whose runtime has a fault."""
+    """An exporter with a fault: whatever it writes, and whatever it opens, has it."""
 
     def __init__(self, made: Exporter, fault: Fault) -> None:
         self._made, self._fault = made, fault
+
+    def write(self, checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Artifact:
+        """Write the artifact."""
+        with self._fault.writing():
+            return self._made.write(self._fault.written(checkpoint), self._fault.options(options), path)
 
     def open(self, path: Path, task: str) -> Session:
         """Open the artifact."""
@@ -173,6 +179,10 @@ class _Faulty:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._made, name)
+
+
+def _failed(checks: Sequence[Check]) -> tuple[Check, ...]:
+    return tuple(check for check in checks if not check.passed)
 
 
 @functools.lru_cache

@@ -1,0 +1,87 @@
+"""Does an exporter write the model that it was given, rounding apart?
+
+Rounding of activations to 8 bits hides small mistakes of a graph: another epsilon, another approximation of an
+activation, a window one position too long. So the exporter also writes a `miniature` of the model, in 32 bits. The
+vendor's runtime executes that beside transformers' own module: a prompt, another behind it, then token by token up
+to the last place of the KV cache. What remains is the order of float operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from slm_export.checkpoint import Checkpoint
+from slm_export.fidelity.miniature import miniature
+from slm_export.graph.model import build_reference
+from slm_export.results import Check
+from slm_export.runtime import DecoderSession, EncoderSession, Exporter, ExportOptions
+
+LIMIT = 1e-5
+"""Largest difference, as a share of the range of the scores."""
+_CONTEXT = 64
+_PROMPTS = (19, 14)
+"""Tokens that are read at once, before single ones."""
+_LENGTHS = (5, 31)
+"""Of an encoder's inputs."""
+
+
+@torch.no_grad()
+def judge_exact(exporter: Exporter, checkpoint: Checkpoint, tokenizer: Path) -> Check:
+    """Write a miniature of the checkpoint in an exporter's format, and compare what its runtime makes of it.
+
+    Given   tokenizer: a folder with the tokenizer's files, for formats that pack them
+    """
+    small = miniature(checkpoint)
+    options = ExportOptions(context=_CONTEXT, stop_ids=(1,), bos_id=0, tokenizer=tokenizer)
+    with TemporaryDirectory(prefix="slm-export-") as folder:
+        path = Path(folder) / exporter.file(small.task)
+        path.parent.mkdir(parents=True)
+        exporter.write(small, options, path)
+        session = exporter.open(path, small.task)
+        try:
+            if isinstance(session, DecoderSession):
+                got, expected = _decoder(session, small)
+            else:
+                got, expected = _encoder(session, small)
+        finally:
+            session.close()
+    far = float((got - expected).abs().max() / (expected.max() - expected.min()))
+    detail = "in 32 bits, a miniature of the model gives the scores of its source, but for this share of their range"
+    return Check("exact_graph", far <= LIMIT, detail, far, LIMIT)
+
+
+def _decoder(session: DecoderSession, small: Checkpoint) -> tuple[Tensor, Tensor]:
+    """Return the scores after two prompts and after every token behind them, of both."""
+    ids = _some_tokens(small, session.context)
+    expected = build_reference(small)(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+    ends = [*torch.tensor(_PROMPTS).cumsum(0).tolist()]
+    ends += range(ends[-1] + 1, len(ids) + 1)
+    starts = [0, *ends[:-1]]
+    got = [session.logits(ids[start:end], start) for start, end in zip(starts, ends, strict=True)]
+    return torch.stack(got), expected[torch.tensor(ends) - 1]
+
+
+def _encoder(session: EncoderSession, small: Checkpoint) -> tuple[Tensor, Tensor]:
+    """Return the outputs for a short and a longer input, of both."""
+    model = build_reference(small)
+    got, expected = [], []
+    for length in _LENGTHS:
+        ids = _some_tokens(small, length)
+        given = torch.tensor([ids])
+        output = session.outputs(ids, [1] * length)
+        made = model(given, torch.ones_like(given))[0]
+        got.append(output[tuple(slice(size) for size in made.shape)].flatten())
+        expected.append(made.flatten())
+    return torch.cat(got), torch.cat(expected)
+
+
+def _some_tokens(small: Checkpoint, count: int) -> Sequence[int]:
+    rows = small.config.get_text_config().vocab_size
+    # The first ids are padding and other marks, of which some families make something else.
+    ids: list[int] = torch.randint(8, rows, (count,), generator=torch.Generator().manual_seed(1)).tolist()
+    return ids
