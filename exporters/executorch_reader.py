@@ -17,7 +17,6 @@ import os
 import struct
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -25,7 +24,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slm_export.errors import InputError
 from slm_export.exporters.executorch_file import (
     CONSTANT_SEGMENT,
     KEY,
@@ -40,6 +38,7 @@ from slm_export.exporters.executorch_file import (
 )
 from slm_export.exporters.executorch_flatbuffer import Record
 from slm_export.exporters.executorch_names import ENTRY, LOOK_UPS, grid_matrix
+from slm_export.foreign import reading
 from slm_export.weights import CODE_RANGE, GROUPS, Quantized, grid_scale
 
 _PLANS = 1  # of Program
@@ -66,6 +65,7 @@ _KINDS = {(6, 1): (8, torch.float32, 2), (10, 4): (4, torch.bfloat16, 4)}
 """XNNDatatype and XNNQuantParams -> bits, form of the scales, field with their place among the constants."""
 
 _Keys = tuple[str, str]
+_DAMAGED = "its weights cannot be read"
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def stored(path: Path) -> Mapping[str, Quantized]:
         InputError: the file is none of ours; or, when values are read, they are not on the grid, or a matrix that
             is stored twice is not the same in both places.
     """
-    with _ours(path), open(path, "rb") as file:
+    with reading(path, _DAMAGED), open(path, "rb") as file:
         program = _Program(file)
         names: dict[str, _Keys] = {name: (c, s) for name, (c, s) in program.names["matrices"].items()}
         places = program.matrices()
@@ -141,7 +141,7 @@ def _quantized(path: Path, name: str, places: list[_Matrix]) -> Quantized:
             raise ValueError(f"{name} has two forms")
 
     def load() -> tuple[Tensor, Tensor]:
-        with _ours(path), open(path, "rb") as file:
+        with reading(path, _DAMAGED), open(path, "rb") as file:
             packed, scales = _values(file, name, first)
             for place in places[1:]:
                 # What lies in the same bytes is the same.
@@ -164,14 +164,6 @@ def _values(file: BufferedReader, name: str, place: _Matrix) -> tuple[Tensor, Te
 
 def _equal(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
     return torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
-
-
-@contextmanager
-def _ours(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, LookupError, ArithmeticError, struct.error) as error:
-        raise InputError(f"{path}: its weights cannot be read: {error}; export the model again") from error
 
 
 class _Program:

@@ -14,11 +14,17 @@ from torch import Tensor
 
 from slm_export.errors import InputError
 from slm_export.exporters.litert_container import Container
+from slm_export.foreign import reading
 from slm_export.weights import GROUPS, Quantized
 
 
 def read_weights(path: Path) -> Mapping[str, Quantized]:
     """Return every quantized matrix by its name; InputError where one is not on the grid."""
+    with reading(path, "its weights cannot be read"):
+        return _weights(path)
+
+
+def _weights(path: Path) -> dict[str, Quantized]:
     begin = Container.read(path).model[0] if path.suffix == ".litertlm" else 0
     schema = importlib.import_module("ai_edge_litert.schema_py_generated")
     content = np.memmap(path, dtype=np.uint8, mode="r", offset=begin)
@@ -62,6 +68,10 @@ def _matrix(
             raise InputError(f"{path}: {name} has groups of {group}, which the grid has not")
 
     def load() -> tuple[Tensor, Tensor]:
+        with reading(path, "its weights cannot be read"):
+            return values()
+
+    def values() -> tuple[Tensor, Tensor]:
         packed = _read(path, begin, codes).reshape(rows, columns * bits // 8)
         if blocks is None:
             assert scales is not None

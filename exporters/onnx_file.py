@@ -9,6 +9,7 @@ Source: onnx.proto (field numbers), and protobuf's encoding.md ("last one wins" 
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from slm_export.errors import InputError
 from slm_export.exporters.onnx_stored import CODES, COLUMNS, SCALES, Stored
+from slm_export.foreign import reading
 from slm_export.weights import GROUPS, Quantized, grid_scale
 
 LARGEST = 64_000_000
@@ -34,6 +36,7 @@ _GRAPH, _INITIALIZER = 7, 5  # of ModelProto, of GraphProto
 _DIMS, _TYPE, _NAME, _RAW, _EXTERNAL = 1, 2, 8, 9, 13  # of TensorProto
 _BYTES = 2  # the wire type of what has a length
 _PAGE = 4096
+_DAMAGED = "not an ONNX file that can be read"
 
 
 def data_file(path: Path) -> Path:
@@ -69,6 +72,11 @@ def read_stored(path: Path) -> dict[str, Quantized]:
     Raises:
         InputError: the file is damaged or not one of ours; a matrix is not on the grid, at the latest when it is read.
     """
+    with reading(path, _DAMAGED):
+        return _stored(path)
+
+
+def _stored(path: Path) -> dict[str, Quantized]:
     held = {entry.name: entry for entry in _entries(path)}
     found: dict[str, Quantized] = {}
     for name, codes in held.items():
@@ -94,11 +102,12 @@ class _Entry:
     size: int
 
     def read(self) -> Tensor:
-        with open(self.file, "rb") as file:
+        if self.dtype is None or self.size != math.prod(self.shape) * self.dtype.itemsize:
+            raise ValueError(f"{self.name} of {self.size:,} bytes is said to be {self.dtype} {self.shape}")
+        with reading(self.file, _DAMAGED), open(self.file, "rb") as file:
             file.seek(self.start)
-            data = bytearray(file.read(self.size))
-        assert self.dtype is not None
-        return torch.frombuffer(data, dtype=self.dtype).reshape(self.shape)
+            data = bytearray(file.read(min(self.size, self.file.stat().st_size)))
+            return torch.frombuffer(data, dtype=self.dtype).reshape(self.shape)
 
 
 def _quantized(path: Path, codes: _Entry, scales: _Entry) -> Quantized:
@@ -111,6 +120,10 @@ def _quantized(path: Path, codes: _Entry, scales: _Entry) -> Quantized:
         raise InputError(f"{path}: {name} has groups of {group} columns, which the grid does not know")
 
     def load() -> tuple[Tensor, Tensor]:
+        with reading(path, _DAMAGED):
+            return values()
+
+    def values() -> tuple[Tensor, Tensor]:
         made, steps = codes.read(), scales.read().reshape(dims[0], columns // group)
         if not torch.equal(steps, grid_scale(steps)) or (bits == 8 and bool((made == -128).any())):
             raise InputError(f"{path}: {name} is not on the grid")
@@ -175,18 +188,13 @@ def _varint(value: int) -> bytes:
 
 
 def _entries(path: Path) -> Iterator[_Entry]:
-    """Yield the initializers of a file; InputError where it is no protobuf message."""
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            for number, start, end in _fields(data, 0, len(data)):
-                if number == _GRAPH:
-                    for inner, first, last in _fields(data, start, end):
-                        if inner == _INITIALIZER:
-                            yield _entry(path, data, first, last)
-    except (ValueError, IndexError, OSError) as error:
-        raise InputError(
-            f"{path}: not an ONNX file that can be read: {error}; export the model again"
-        ) from error
+    """Yield the initializers of a file; ValueError or IndexError where it is no protobuf message."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for number, start, end in _fields(data, 0, len(data)):
+            if number == _GRAPH:
+                for inner, first, last in _fields(data, start, end):
+                    if inner == _INITIALIZER:
+                        yield _entry(path, data, first, last)
 
 
 def _entry(path: Path, data: mmap.mmap, start: int, end: int) -> _Entry:

@@ -78,7 +78,7 @@ def differences_of_ground(bundles: Sequence[Bundle]) -> tuple[str, ...]:
     notes = []
     if len({bundle.manifest.model.source_sha256 for bundle in bundles}) > 1:
         notes.append("they were made from different source models")
-    texts = {bundle.document.get("held_out") for bundle in bundles} - {None}
+    texts = {str(text) for bundle in bundles if (text := bundle.document.get("held_out")) is not None}
     if len(texts) > 1:
         notes.append("fidelity was measured on different texts")
     machines = {_machine(bundle) for bundle in bundles} - {None}
