@@ -92,7 +92,7 @@ def _judge_all(
     for entry in manifest.artifacts:
         runner = _runner_tokenizer(folder, manifest, entry.format)
         made, path = exporter(entry.format), folder / entry.path
-        task, context = manifest.model.task, int(manifest.runtime["context"])
+        task, context = manifest.model.task, _context(folder, manifest)
         subject = Subject(made, path, task, tokenizer, runner, documents, manifest.gates, context)
         if made_from is None:
             with progress.stage(f"open {entry.format}"):
@@ -110,6 +110,13 @@ def _judge_all(
             pairs = compare(traces, stored, manifest.model.task)
         checks["formats"] = judge_pairs(pairs)
     return checks, tuple(dict.fromkeys(notes)), pairs
+
+
+def _context(folder: Path, manifest: Manifest) -> int:
+    context = manifest.runtime.get("context")
+    if context is None:
+        raise InputError(f"{folder}/manifest.json: runtime names no context; export the model again")
+    return int(context)
 
 
 @contextmanager

@@ -274,7 +274,7 @@ def default_profile(target: str) -> DeviceProfile:
 def _load_file(text: str) -> DeviceProfile:
     path = Path(os.path.expanduser(text))
     stem = text.removesuffix(".toml")
-    if stem in _shipped() and not path.exists():
+    if stem in _shipped() and not os.path.exists(path):
         raise InputError(f"{text}: no such file; the shipped profile is named '{stem}', without .toml")
     return read_model(path, DeviceProfile, label=text)
 

@@ -145,7 +145,7 @@ def model_from(folder: Path, model: str) -> str:
     """Return what a file in ``folder`` calls a model: a path made absolute, or a name on the hub."""
     # "org/name" may be a folder or a hub name: it is a folder if one is there.
     looks_like_path = re.match(r"\.{1,2}(/|$)|/|~", model) is not None or Path(model).is_absolute()
-    if looks_like_path or (folder / model).exists():
+    if looks_like_path or os.path.exists(folder / model):
         return str(path_from(folder, Path(model)))
     return model
 

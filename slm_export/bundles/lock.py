@@ -121,6 +121,8 @@ def read_lock(path: Path) -> Lock:
         raise InputError(
             f"{path}: a folder, where --locked takes a lock file; put MODEL before --locked, or give {path / LOCK}"
         )
+    if path.exists() and not path.is_file():  # a pipe would block
+        raise InputError(f"{path}: not a regular file; {accept(path)}")
     try:
         with path.open("rb") as file:
             text = file.read(_MAX_BYTES + 1)

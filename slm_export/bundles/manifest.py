@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import from_json
 
 from slm_export.bundles.checksums import FileEntry, PortablePath, Sha256, sha256_entries
@@ -81,6 +81,23 @@ class ArtifactEntry(_Entry):
     """Files that belong to it, counted in ``bytes``; ``sha256`` is of ``path`` alone."""
 
 
+class _Runtime(BaseModel):
+    """The types of what is known of `Manifest.runtime`; other keys may be there."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    task: str | None = None
+    context: int | None = Field(default=None, ge=1, lt=1 << 31)
+    bos_id: int | None = None
+    adds_bos: bool = False
+    stop_ids: list[int] = []
+    tokenizer: dict[str, str] | None = None
+    labels: list[str] = []
+    vocabulary: int | None = None
+    threshold: float = 0.5
+    source: str | None = None
+
+
 class Manifest(_Entry):
     """Schema 1. Key order is the order of these fields."""
 
@@ -103,8 +120,16 @@ class Manifest(_Entry):
     """What running the model needs: task, context, bos_id, stop_ids, max_tokens and the like."""
     toolchain: dict[str, str]
 
+    @field_validator("runtime")
+    @classmethod
+    def _of_known_types(cls, runtime: dict[str, Any]) -> dict[str, Any]:
+        _Runtime.model_validate(runtime)
+        return runtime
+
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
+        if not self.artifacts:
+            raise ValueError("no artifact is listed")
         paths = [entry.path for entry in self.files]
         if len(set(paths)) != len(paths):
             raise ValueError("the list of files names one path twice")

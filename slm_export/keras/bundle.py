@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,8 @@ def _with_source(
     from slm_export.keras.read import read_model, ready, source_sha256
     from slm_export.optimizers.group_quantize import GroupQuantize
 
-    path = Path(source).expanduser()
-    if not path.exists() or source_sha256(path) != manifest.model.source_sha256:
+    path = Path(os.path.expanduser(source))
+    if not os.path.exists(path) or source_sha256(path) != manifest.model.source_sha256:
         raise InputError(f"{source}: not the model that {folder} was made from (another sha256)")
     ready()
     read = read_model(path, manifest.model.context, eval_text, progress)

@@ -37,8 +37,8 @@ def is_tensorflow_model(model: str | None) -> bool:
     """Return whether a MODEL argument is a Keras file or a SavedModel folder, by its name and files alone."""
     if model is None:
         return False
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(model))
+    if os.path.isdir(path):
         return (path / SAVED_MODEL).is_file() and not (path / "config.json").exists()
     return path.suffix in (KERAS_FILE, *_OLD_FILES)
 

@@ -27,12 +27,13 @@ def find_model(model: str, revision: str | None = None) -> Path:
         InputError: there is no such folder, and no such model on the hub; or a revision was given for a folder.
         MachineError: the hub cannot be reached.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    # os.path answers where pathlib raises: a name too long, "~" of a user that is not there
+    path = Path(os.path.expanduser(model))
+    if os.path.isdir(path):
         if revision is not None:
             raise InputError(f"--revision {revision} has no meaning for {model}, which is a folder")
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise InputError(f"{model}: a file; give the model's folder, the one with config.json")
     if "/" not in model or not _HUB_NAME.fullmatch(model):
         raise InputError(f"{model}: no such folder; give a model folder, or a hub name such as org/name")
