@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from slm_export.checkpoint import Checkpoint
+from slm_export.errors import InputError
 from slm_export.graph.dialect import AttentionShape
+from slm_export.jsonfile import read_object
 from slm_export.runtime import ExportOptions
 from slm_export.tokenization.runtime_tokenizers import TokenizerLoadError
 
@@ -73,8 +75,16 @@ def bos_id(path: Path) -> int | None:
 
 def _model_of(path: Path) -> dict[str, Any]:
     file = path.with_name(CONFIG)
-    made: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["model"] if file.is_file() else {}
-    return made
+    model = read_object(file).get("model") if file.is_file() else {}
+    if not isinstance(model, dict):
+        raise InputError(f"{file}: has no table 'model'; export the model again")
+    for key in ("bos_token_id", "eos_token_id"):
+        named = model.get(key, 0)
+        if not all(type(token) is int for token in (named if isinstance(named, list) else [named])):
+            raise InputError(f"{file}: {key} is {json.dumps(named)}, no token; export the model again")
+    if isinstance(model.get("bos_token_id"), list):
+        raise InputError(f"{file}: bos_token_id is a list; export the model again")
+    return model
 
 
 class GenaiTokenizer:

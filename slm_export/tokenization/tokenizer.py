@@ -9,6 +9,8 @@ Code that a checkpoint brings along is never executed.
 from __future__ import annotations
 
 import functools
+import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -50,6 +52,9 @@ _VOCABULARIES = (
     "vocab.json",
     "tekken.json",
 )
+
+
+_SAMPLER = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_length", "max_new_tokens")
 
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
@@ -276,12 +281,22 @@ def _check_files(folder: Path) -> None:
             f"{folder}: no tokenizer; expected tokenizer.json or one of {', '.join(_VOCABULARIES[1:])}"
         )
     _read_json(folder / "tokenizer.json")
+    _check_sampler(folder / "generation_config.json")
     auto_map = _read_json(folder / "tokenizer_config.json").get("auto_map")
     if auto_map and (not isinstance(auto_map, dict) or "AutoTokenizer" in auto_map):
         raise InputError(
             f"{folder / 'tokenizer_config.json'}: the tokenizer needs code of its own (auto_map), which is "
             "never executed here; save it as a standard tokenizer.json first"
         )
+
+
+def _check_sampler(file: Path) -> None:
+    """Refuse settings of a sampler that are none: formats carry them to the runner."""
+    content = _read_json(file)
+    for key in _SAMPLER:
+        value = content.get(key)
+        if value is not None and (type(value) not in (int, float) or not 0 <= value < math.inf):
+            raise InputError(f"{file}: {key} is {json.dumps(value)}; it must be a finite number")
 
 
 def _stop_ids(folder: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
