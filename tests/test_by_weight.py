@@ -36,6 +36,19 @@ def test_errors_are_those_of_the_values_in_double_precision(bits: int) -> None:
     assert made.error == pytest.approx(error / norm, rel=1e-4)
 
 
+def test_errors_are_the_same_whatever_the_number_of_threads() -> None:
+    before = checkpoint({"w": normal(2400, 256)})
+    after = GroupQuantize(bits=4, group=32).run(before).checkpoint
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(changes_of(before, after))
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
+
+
 def test_zeros_other_shapes_and_removed_weights_have_no_relative_error() -> None:
     before = checkpoint({"zero": torch.zeros(2, 32), "gone": normal(2, 32), "cut": normal(4, 32)})
     made = checkpoint({"zero": torch.ones(2, 32), "cut": normal(2, 32)})

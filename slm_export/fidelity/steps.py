@@ -49,7 +49,8 @@ def steps_of(name: str, weight: Quantized, errors: Iterable[Tensor]) -> StepErro
     for error in errors:
         steps = error.view(error.shape[0], scales.shape[1], -1) / scales[row : row + error.shape[0], :, None]
         steps = steps.flatten(1)
-        total += steps.sum(dtype=torch.float64).item()
+        # Row by row: one sum over all follows, in its last digits, from the number of threads.
+        total += steps.sum(-1, dtype=torch.float64).sum().item()
         size = _BLOCK if steps.shape[1] % _BLOCK == 0 else steps.shape[1]
         blocks = steps.view(steps.shape[0], -1, size).square().mean(-1)
         worst = int(blocks.argmax())
