@@ -102,4 +102,5 @@ class _Distance:
 def _square(x: Tensor) -> float:
     # Row by row, because one sum over all is cut among threads, and its last digits follow from how many there are.
     # One pass over the values, where a product and a sum are two.
-    return torch.linalg.vector_norm(x, dim=-1).square().sum(dtype=torch.float64).item()
+    rows: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    return rows.square().sum(dtype=torch.float64).item()
