@@ -20,7 +20,6 @@ from slm_export.profile import DeviceProfile, load_profile
 from slm_export.recipe import options_of
 from slm_export.settings import RecipeSettings, Settings
 
-
 EXCLUDED = "excluded"
 """Why a combination is left out that the user did not want."""
 

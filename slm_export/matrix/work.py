@@ -82,6 +82,8 @@ def run_work(work: Work) -> Ended:
             start_new_session=True,
         )
         _living[child] = work.run
+        if work.run in _stopped:  # meanwhile, and `stop` did not see this one
+            _let_go(child)
         try:
             code = child.wait()
         finally:
