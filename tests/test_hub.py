@@ -104,6 +104,7 @@ def test_only_what_an_export_reads_is_asked_for(failing, monkeypatch):
     assert asked["revision"] == "v2"
     assert not asked["local_files_only"]
     assert not any(".py" in pattern or ".bin" in pattern for pattern in asked["allow_patterns"])
+    assert "README.md" in asked["allow_patterns"], "the licence stands there"
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,23 @@ def test_the_author_is_whom_the_card_names(front: str, author: str | None, tmp_p
     assert licence_of(source) == ("mit" if "license" in front else None)
 
 
+@pytest.mark.parametrize(
+    ("front", "licence"),
+    [
+        ("license: apache-2.0", "apache-2.0"),
+        ("license: 'llama3.2'", "llama3.2"),
+        ("license: other\nlicense_name: qwen-research\nlicense_link: LICENSE", "qwen-research"),
+        ("license: other", "other"),
+        ("license:\n- mit\n- apache-2.0", "mit, apache-2.0"),
+        ("license_link: x", None),
+        ("license:", None),
+    ],
+)
+def test_the_licence_is_what_the_card_says(front: str, licence: str | None, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\nlanguage: en\n{front}\n---\nlicense: not here\n")
+    assert licence_of(replace(checkpoint({}), folder=tmp_path)) == licence
+
+
 def test_the_configuration_goes_first(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nauthor: card\n---\n")
     source = replace(checkpoint({}), folder=tmp_path, config=SimpleNamespace(author="config"))

@@ -1,6 +1,6 @@
 """Where a MODEL argument leads: a folder, or a model on the Hugging Face hub.
 
-Only what an export reads is downloaded: configuration, safetensors, tokenizer. Nothing is executed.
+Only what an export reads is downloaded: configuration, safetensors, tokenizer, model card. Nothing is executed.
 ``HF_HUB_OFFLINE`` (which ``--offline`` sets), ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_TOKEN`` are honoured, as by every
 tool on that hub.
 """
@@ -15,7 +15,8 @@ from slm_export.errors import InputError, MachineError
 from slm_export.machine import machine_errors
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*_Pooling/*", "*_Dense/*"]
+# The card names author and licence.
+_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*_Pooling/*", "*_Dense/*", "README.md"]
 # Weights of other frameworks' folders, and demo inputs, are of no use here.
 _UNWANTED = ["onnx/*", "openvino/*", "original/*", "coreml/*"]
 

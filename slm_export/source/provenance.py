@@ -80,9 +80,12 @@ def runtime_facts(
 
 
 def licence_of(source: Checkpoint) -> str | None:
-    """Return the licence that a model card's front matter names."""
-    found = re.search(r"^license: *['\"]?([\w.+-]+)", _front_matter(source), re.MULTILINE)
-    return found[1] if found else None
+    """Return the licence that a model card's front matter names, or several; "other" has its name beside it."""
+    card = _front_matter(source)
+    names = _listed("license", card)
+    if names == ["other"]:
+        names = _listed("license_name", card) or names
+    return ", ".join(names) or None
 
 
 def author_of(source: Checkpoint) -> str | None:
@@ -90,10 +93,14 @@ def author_of(source: Checkpoint) -> str | None:
     for key in ("authors", "author"):
         if said := getattr(source.config, key, None):
             return ", ".join(map(str, said)) if isinstance(said, list | tuple) else str(said)
-    found = re.search(r"^authors?: *(.*(?:\n *- .*)*)", _front_matter(source), re.MULTILINE)
-    # A text, [a, b], or a line for each that begins with a dash.
-    names = re.split(r"\n *- |,", found[1].strip(" []")) if found else []
-    return ", ".join(name for part in names if (name := part.strip(" '\""))) or None
+    return ", ".join(_listed("authors?", _front_matter(source))) or None
+
+
+def _listed(key: str, card: str) -> list[str]:
+    """Return what a key of the front matter says: a text, [a, b], or a line for each that begins with a dash."""
+    found = re.search(rf"^{key}: *(.*(?:\n *- .*)*)", card, re.MULTILINE)
+    parts = re.split(r"\n *- |,", found[1].strip(" []")) if found else []
+    return [name for part in parts if (name := part.strip(" '\""))]
 
 
 def _front_matter(source: Checkpoint) -> str:
