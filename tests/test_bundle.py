@@ -147,6 +147,28 @@ def test_verify_names_what_changed_is_missing_and_extra(bundle: Path) -> None:
     ]
 
 
+def test_every_file_is_missed_and_every_bit_counts(bundle: Path) -> None:
+    def problems() -> list[tuple[str, str]]:
+        return [(problem.path, problem.kind) for problem in verify_files(bundle)]
+
+    names = [entry.path for entry in read_manifest(bundle).files]
+    assert {"executorch/model.pte", "report.html", "sbom.cdx.json", "tokenizer/tokenizer.json"} < set(names)
+    for name in names:
+        path = bundle / name
+        content = path.read_bytes()
+        for changed in (content[:-1] + bytes([content[-1] ^ 1]), content[:-1], content + b"\n"):
+            path.write_bytes(changed)
+            assert problems() == [(name, "changed")]
+        path.unlink()
+        assert problems() == [(name, "missing")]
+        path.write_bytes(content)
+    for folder in {path.parent for path in bundle.rglob("*")}:
+        (folder / "added").touch()
+        assert problems() == [((folder / "added").relative_to(bundle).as_posix(), "extra")]
+        (folder / "added").unlink()
+    assert problems() == []
+
+
 def test_a_link_in_place_of_a_file_is_refused(bundle: Path) -> None:
     path = bundle / "executorch" / "model.pte"
     elsewhere = bundle.parent / "model.pte"
