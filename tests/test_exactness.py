@@ -96,10 +96,18 @@ class Careless:
 
 
 @pytest.mark.parametrize(
-    "mistake", [{"rms_norm_eps": 1e-5}, {"hidden_act": "gelu"}, {"sliding_window": WINDOW + 1}], ids=str
+    ("mistake", "place"),
+    [
+        pytest.param(
+            {"rms_norm_eps": 1e-5}, "after 19 tokens, and outside of the layers", marks=pytest.mark.slow
+        ),
+        ({"hidden_act": "gelu"}, "after 19 tokens, and in model.layers.0.mlp or its norm"),
+        ({"sliding_window": WINDOW + 1}, "after 33 tokens, and in model.layers.0.self_attn or its norm"),
+    ],
+    ids=str,
 )
-def test_a_mistake_that_rounding_would_hide_is_seen(
-    mistake: dict[str, Any], tmp_path: Path, pycode: Path
+def test_a_mistake_that_rounding_would_hide_is_seen_and_located(
+    mistake: dict[str, Any], place: str, tmp_path: Path, pycode: Path
 ) -> None:
     name, config, options = families.DECODERS["mistral"]
     told = {**options, "rms_norm_eps": 2e-6, "hidden_act": "gelu_pytorch_tanh", "sliding_window": WINDOW}
@@ -108,3 +116,4 @@ def test_a_mistake_that_rounding_would_hide_is_seen(
     made.ready()
     check = judge_exact(Careless(made, **mistake), load_checkpoint(tmp_path), pycode)  # type: ignore[arg-type]
     assert not check.passed, check
+    assert place in check.detail, check

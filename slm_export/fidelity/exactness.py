@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from slm_export.checkpoint import Checkpoint
+from slm_export.fidelity.localise import located
 from slm_export.fidelity.miniature import miniature
 from slm_export.graph.model import build_reference
 from slm_export.results import Check
@@ -30,6 +31,11 @@ _LENGTHS = (5, 31)
 """Of an encoder's inputs."""
 
 
+_WORDS = (
+    "in 32 bits, a miniature of the model gives the scores of its source, but for this share of their range"
+)
+
+
 @torch.no_grad()
 def judge_exact(exporter: Exporter, checkpoint: Checkpoint, tokenizer: Path) -> Check:
     """Write a miniature of the checkpoint in an exporter's format, and compare what its runtime makes of it.
@@ -37,6 +43,15 @@ def judge_exact(exporter: Exporter, checkpoint: Checkpoint, tokenizer: Path) -> 
     Given   tokenizer: a folder with the tokenizer's files, for formats that pack them
     """
     small = miniature(checkpoint)
+    far, where = _distance(exporter, small, tokenizer)
+    if far <= LIMIT:
+        return Check("exact_graph", True, _WORDS, far, LIMIT)
+    place = located(small, lambda model: _distance(exporter, model, tokenizer)[0] <= LIMIT)
+    return Check("exact_graph", False, f"{_WORDS}; they part {where}, and {place}", far, LIMIT)
+
+
+def _distance(exporter: Exporter, small: Checkpoint, tokenizer: Path) -> tuple[float, str]:
+    """Return the largest difference as a share of the range, and where the first is that counts."""
     options = ExportOptions(context=_CONTEXT, stop_ids=(1,), bos_id=0, tokenizer=tokenizer)
     with TemporaryDirectory(prefix="slm-export-") as folder:
         path = Path(folder) / exporter.file(small.task)
@@ -44,30 +59,36 @@ def judge_exact(exporter: Exporter, checkpoint: Checkpoint, tokenizer: Path) -> 
         exporter.write(small, options, path)
         session = exporter.open(path, small.task)
         try:
-            if isinstance(session, DecoderSession):
-                got, expected = _decoder(session, small)
-            else:
-                got, expected = _encoder(session, small)
+            compare = _decoder if isinstance(session, DecoderSession) else _encoder
+            got, expected, places = compare(session, small)  # type: ignore[arg-type]
         finally:
             session.close()
-    far = float((got - expected).abs().max() / (expected.max() - expected.min()))
-    detail = "in 32 bits, a miniature of the model gives the scores of its source, but for this share of their range"
-    return Check("exact_graph", far <= LIMIT, detail, far, LIMIT)
+    apart = torch.stack([(one - other).abs().max() for one, other in zip(got, expected, strict=True)])
+    lowest, highest = min(row.min() for row in expected), max(row.max() for row in expected)
+    shares = apart / (highest - lowest)
+    first = next(
+        (place for place, share in zip(places, shares, strict=True) if not share <= LIMIT), "nowhere"
+    )
+    return float(shares.max()), first
 
 
-def _decoder(session: DecoderSession, small: Checkpoint) -> tuple[Tensor, Tensor]:
-    """Return the scores after two prompts and after every token behind them, of both."""
+Compared = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[str]]
+"""Scores of an artifact, of its source, and what they are of."""
+
+
+def _decoder(session: DecoderSession, small: Checkpoint) -> Compared:
+    """Return the scores after two prompts and after every token behind them."""
     ids = _some_tokens(small, session.context)
     expected = build_reference(small)(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
     ends = [*torch.tensor(_PROMPTS).cumsum(0).tolist()]
     ends += range(ends[-1] + 1, len(ids) + 1)
     starts = [0, *ends[:-1]]
     got = [session.logits(ids[start:end], start) for start, end in zip(starts, ends, strict=True)]
-    return torch.stack(got), expected[torch.tensor(ends) - 1]
+    return got, [expected[end - 1] for end in ends], [f"after {end} tokens" for end in ends]
 
 
-def _encoder(session: EncoderSession, small: Checkpoint) -> tuple[Tensor, Tensor]:
-    """Return the outputs for a short and a longer input, of both."""
+def _encoder(session: EncoderSession, small: Checkpoint) -> Compared:
+    """Return the outputs for a short and a longer input."""
     model = build_reference(small)
     got, expected = [], []
     for length in _LENGTHS:
@@ -75,9 +96,9 @@ def _encoder(session: EncoderSession, small: Checkpoint) -> tuple[Tensor, Tensor
         given = torch.tensor([ids])
         output = session.outputs(ids, [1] * length)
         made = model(given, torch.ones_like(given))[0]
-        got.append(output[tuple(slice(size) for size in made.shape)].flatten())
-        expected.append(made.flatten())
-    return torch.cat(got), torch.cat(expected)
+        got.append(output[tuple(slice(size) for size in made.shape)])
+        expected.append(made)
+    return got, expected, [f"on {length} tokens" for length in _LENGTHS]
 
 
 def _some_tokens(small: Checkpoint, count: int) -> Sequence[int]:

@@ -18,6 +18,7 @@ from slm_export.checkpoint import Checkpoint
 from slm_export.errors import SlmExportError
 from slm_export.evaltext import load_documents
 from slm_export.fidelity import References, default_gates, tokens
+from slm_export.fidelity.exactness import judge_exact
 from slm_export.fidelity.steps import judge_steps
 from slm_export.judge import Subject, judge_artifact
 from slm_export.optimizers.group_quantize import GroupQuantize
@@ -31,6 +32,7 @@ from slm_export.source.load import load_checkpoint
 from slm_export.tokenization.tokenizer import SourceTokenizer
 
 CONTEXT = 512
+_OF_GRAPHS = ("rotary embedding", "attention", "norm", "activation", "KV cache")
 TOKENS = 1024
 """Of held-out text: a quarter of what an export is judged on, so that a hundred exports end within the hour."""
 
@@ -89,15 +91,22 @@ class Workshop:
         planted = self._planted(fault)
         task, made = planted.source.task, exporter(format)
         made.ready()
-        work = self._written(fault, planted, made)
-        path, runner = work / made.file(task), work / made.runner_tokenizer(work)
+        faulty: Any = _Faulty(made, fault)
         # The gate asks all its questions; here the first alarm is enough.
         gates = default_gates(task, fault.bits)
-        codes = judge_codes(made.stored(path), quantized_weights(planted.quantized))
-        if first := _failed((codes, *judge_steps(planted.references.steps, gates))):
+        if first := _failed(judge_steps(planted.references.steps, gates)):
             return Caught(first)
+        if fault.kind in _OF_GRAPHS and made.elsewhere is None:
+            exact = judge_exact(faulty, planted.quantized, planted.source.folder)
+            if not exact.passed:
+                return Caught((exact,))
+        work = self._written(fault, planted, made)
+        path, runner = work / made.file(task), work / made.runner_tokenizer(work)
+        codes = judge_codes(made.stored(path), quantized_weights(planted.quantized))
+        if not codes.passed:
+            return Caught((codes,))
         subject = Subject(
-            _Faulty(made, fault),  # type: ignore[arg-type]
+            faulty,
             path,
             task,
             planted.tokenizer,
