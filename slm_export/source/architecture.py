@@ -6,19 +6,20 @@ task follows from the class, and code that a folder brings along is never execut
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from slm_export.errors import InputError, suggestion
 from slm_export.jsonfile import read_object
+from slm_export.source.empty import empty_on_meta
 from slm_export.source.tasks import EMBEDDING, ENDINGS, task_of
+
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,11 @@ class Architecture:
         """The name of the class."""
         return str(self.cls.__name__)
 
-    def empty_module(self, attention: str = "eager") -> nn.Module:
+    def empty_module(self, attention: str = "eager", tensors: int | None = None) -> nn.Module:
         """Return the module, its matrices on the meta device and its computed buffers real.
 
-        ``attention`` is the name of a function registered with transformers' AttentionInterface.
+        ``attention`` is the name of a function registered with transformers' AttentionInterface, ``tensors`` how many
+        the files hold, where they bound what is built; InputError where the configuration asks for more.
         """
         from transformers.initialization import no_init_weights
 
@@ -46,7 +48,7 @@ class Architecture:
         config.use_cache = False
         # The pooler of BERT and its kin serves next-sentence prediction: no embedding is read from it.
         options = {"add_pooling_layer": False} if self._has_needless_pooler() else {}
-        with no_init_weights(), _empty_on_meta():
+        with no_init_weights(), empty_on_meta(tensors):
             module: nn.Module = self.cls(config, **options)
         return module.eval().requires_grad_(False)
 
@@ -81,6 +83,7 @@ def _parse(path: Path, raw: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    _refuse_endless(path, raw)
     kind = raw.get("model_type")
     if not isinstance(kind, str):
         raise InputError(f"{path}: no model_type; a Hugging Face config.json names one")
@@ -96,6 +99,15 @@ def _parse(path: Path, raw: Mapping[str, Any]) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: transformers rejects it: {reason}") from error
+
+
+def _refuse_endless(path: Path, raw: Mapping[str, Any]) -> None:
+    """Refuse numbers of layers that no model has: transformers makes lists of that length."""
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            _refuse_endless(path, value)
+        elif re.search(r"layers?$", key) and type(value) is int and value > _MOST_LAYERS:
+            raise InputError(f"{path}: {key} is {value:,}; no model has more than {_MOST_LAYERS:,}")
 
 
 def _class_of(path: Path, raw: Mapping[str, Any]) -> Any:
@@ -129,22 +141,3 @@ def _nearest(word: str, known: Any) -> str:
     # Hundreds of names are known: one that is near helps, all of them do not.
     hint = suggestion(word, known)
     return hint if "did you mean" in hint else ""
-
-
-@contextmanager
-def _empty_on_meta() -> Iterator[None]:
-    """Let ``torch.empty`` make meta tensors: the matrices of every layer come from it, computed buffers do not.
-
-    ``torch.device("meta")`` would swallow the buffers too, such as the frequencies of a rotary embedding,
-    which no checkpoint holds.
-    """
-
-    class EmptyOnMeta(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            kwargs = dict(kwargs or {})
-            if func is torch.empty:
-                kwargs["device"] = "meta"
-            return func(*args, **kwargs)
-
-    with EmptyOnMeta():
-        yield

@@ -29,9 +29,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     architecture = read_architecture(folder)
     tensors, not_floats = read_shards(folder)
     try:
-        module = architecture.empty_module()
-    except InputError:
-        raise
+        module = architecture.empty_module(tensors=len(tensors) + len(not_floats))
+    except InputError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from error
     except Exception as error:
         raise InputError(
             f"{folder / 'config.json'}: {architecture.name} cannot be built from it: {error}"
