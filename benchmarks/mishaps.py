@@ -1,7 +1,7 @@
 """Kill an export, fill its disk, take its folders away: what is there afterwards, and what the next export makes of it.
 
     python benchmarks/mishaps.py                       # 100 kills, 20 points of a full disk, and the rest
-    python benchmarks/mishaps.py --kills 10 --points 5 --seed 7
+    python benchmarks/mishaps.py --stand-in --seed 7   # in minutes: nothing is traced
 
 The model is a tiny one and the format onnx, because what is asked here is the same for all. Every mishap is followed by
 an ordinary export (tests/arena.py says what must hold). Full and read-only disks are small file systems mounted for
@@ -42,13 +42,17 @@ def main() -> int:
     asked.add_argument("--kills", type=int, default=100)
     asked.add_argument("--points", type=int, default=20, help="points at which a disk is full")
     asked.add_argument("--vanish", type=int, default=12, help="folders that vanish")
+    asked.add_argument(
+        "--stand-in", action="store_true", help="trace nothing; artifacts are the weights' bytes"
+    )
     asked.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     options = asked.parse_args()
     moments = random.Random(options.seed)
     table: dict[str, list[Outcome]] = {}
     with TemporaryDirectory(prefix="mishaps-") as folder:
         root, model = Path(folder) / "arena", tiny_llama(Path(folder) / "tiny-llama")
-        with harness.server(root, model) as run, harness.server(root, model) as other:
+        traced = None if options.stand_in else model
+        with harness.server(root, traced) as run, harness.server(root, traced) as other:
             arena = Arena(root, model, run)
             print(f"seed {options.seed}; an undisturbed export takes {arena.seconds:.1f} s")
             try:
