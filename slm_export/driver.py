@@ -67,7 +67,7 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
     check_gates(plan)
     folder = find_model(plan.model, plan.request.revision)
     documents = load_documents(plan.request.eval_text)
-    toolchain = versions(_tools(plan))
+    toolchain = versions(tools_of(plan))
     lock = held_against(plan, plan.recipe, toolchain, lambda: source_sha256(folder), progress)
     # Only now, because a compiler takes seconds to import: a mistyped folder is told of at once.
     plan.ready()
@@ -283,7 +283,8 @@ def _words(prefix: str, check: Check) -> str:
     return f"  {prefix}{check.name}{figures}" + (f": {check.detail}" if check.detail else "")
 
 
-def _tools(plan: Plan) -> tuple[str, ...]:
+def tools_of(plan: Plan) -> tuple[str, ...]:
+    """Return the packages that an export is made with."""
     return (*_TOOLS, *(package for exporter in plan.exporters for package in exporter.packages))
 
 

@@ -71,7 +71,7 @@ def optimize(
         with progress.stage(step.name) as stage, machine_errors(f"run {step.name}", cache_folder()):
             result = step.run(checkpoint, Workbench(keeper, calibration, stage.advance))
         if isinstance(keeper, Finished) and keeper.reused:
-            note = f"{step.name}: {len(keeper.reused)} weights were finished by an interrupted export"
+            note = f"{step.name}: {len(keeper.reused)} weights were finished by an earlier export"
         notes += [*([note] if note else []), *(f"{step.name}: {note}" for note in result.notes)]
         if forgotten := unaccounted(checkpoint, result.checkpoint, result.skipped):
             raise AssertionError(f"{step.name}: neither changed nor skipped with a reason: {forgotten}")

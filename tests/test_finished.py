@@ -152,7 +152,7 @@ def test_a_killed_export_goes_on_and_gives_the_same_bytes(
     assert not list(own_cache.rglob("*.safetensors"))
     clean = cli(tiny_llama, *options, "--out", tmp_path / "clean")
     notes = [json.loads(done.stdout)["notes"] for done in (resumed, clean)]
-    assert [any("finished by an interrupted export" in note for note in group) for group in notes] == [
+    assert [any("finished by an earlier export" in note for note in group) for group in notes] == [
         True,
         False,
     ]

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from slm_export.bundles.bundle import verify_files
-from slm_export.driver import versions
+from slm_export.driver import tools_of, versions
 from slm_export.errors import SlmExportError
 from slm_export.keras import read as keras
 from slm_export.keras.source import is_tensorflow_model
@@ -23,7 +23,6 @@ from slm_export.source.hub import find_model
 from slm_export.source.provenance import source_sha256
 
 RECORD = "cell.json"
-TOOLS = ("torch", "transformers", "tokenizers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,7 @@ def content_key(cell: Cell, source: str) -> str:
     Given   source: the hash of its model
     """
     plan = cell.plan
-    packages = [package for exporter in plan.exporters for package in exporter.packages]
-    inputs = inputs_of(plan, plan.recipe, versions((*TOOLS, *packages)), source)
+    inputs = inputs_of(plan, plan.recipe, versions(tools_of(plan)), source)
     follows_from = [inputs.model_dump(mode="json"), asdict(plan.request.budget), plan.request.bench]
     return hashlib.sha256(json.dumps(follows_from, sort_keys=True).encode()).hexdigest()
 
