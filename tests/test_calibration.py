@@ -84,10 +84,10 @@ def test_an_empty_file_is_refused_for_what_it_is(tokenizer, tmp_path):
 
 def test_a_decoder_writes_its_own_text_and_the_same_again(pycode, tokenizer):
     model = build_reference(load_checkpoint(pycode))
-    one, other = (own_calibration(model, tokenizer, 48, lambda *_: None, tokens=480) for _ in range(2))
+    one, other = (own_calibration(model, tokenizer, 12, lambda *_: None, tokens=120) for _ in range(2))
     assert one == other
     assert len(one.windows) == 10
-    assert all(len(window) == 48 and window[0] == tokenizer.bos_id for window in one.windows)
+    assert all(len(window) == 12 and window[0] == tokenizer.bos_id for window in one.windows)
     assert len(set(one.windows)) == 10  # sampled, not greedy
     assert max(max(window) for window in one.windows) < tokenizer.vocab_size
 

@@ -34,7 +34,7 @@ class Decoder:
     checkpoint: Checkpoint
 
 
-@pytest.fixture(scope="module", params=families.chosen(families.DECODERS, ("llama-3.2", "gemma-2")))
+@pytest.fixture(scope="module", params=families.chosen(families.DECODERS, ("gemma-2",)))
 def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     folder = tmp_path_factory.mktemp("family")
     family = families.DECODERS[request.param]

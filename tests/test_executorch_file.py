@@ -36,7 +36,7 @@ def as_emitted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowering, "write_program", copy)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", families.chosen(RECIPES, ("4 bits",)))
 def test_a_tied_vocabulary_is_stored_once(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
