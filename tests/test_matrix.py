@@ -23,6 +23,7 @@ from slm_export.matrix.cells import EXCLUDED, Cell, cells_of
 from slm_export.matrix.command import MatrixRequest, make
 from slm_export.matrix.export_file import export_file
 from slm_export.matrix.matrix_file import Matrix, load_matrix
+from slm_export.matrix.needs import peak_of
 from slm_export.matrix.results import Result, Summary
 from slm_export.matrix.run import run, tasks_of
 from slm_export.matrix.schedule import Room
@@ -374,6 +375,25 @@ def test_cells_share_stages_as_far_as_their_passes_are_the_same(tmp_path: Path) 
     assert a[0] == b[0]
     assert a[1] != b[1]
     assert stages["m.c.host"] == ()
+
+
+def test_more_memory_is_predicted_for_more_work(tmp_path: Path) -> None:
+    save_model(tmp_path / "m", 32)
+
+    def predicted(formats: list[str], verify: bool) -> int:
+        text = f"models = ['m']\ndevices = ['host']\nformats = {formats}\nverify = {str(verify).lower()}"
+        (cell,) = cells(tmp_path, text)
+        made = peak_of(cell)
+        assert made is not None
+        return made
+
+    one = predicted(["onnx"], False)
+    assert predicted(["onnx", "litert"], False) == one + 250 * MIB
+    source = 4 * (4096 * 32 + 4 * 32 * 32 + 3 * 32 * 64)
+    assert predicted(["onnx"], True) == one + 400 * MIB + source
+    (tmp_path / "none").mkdir()
+    (cell,) = cells(tmp_path, "models = ['none']\ndevices = ['host']\nformats = ['onnx']")
+    assert peak_of(cell) is None
 
 
 # --- what fails alone --------------------------------------------------------------------------------
