@@ -9,8 +9,6 @@ Code that a checkpoint brings along is never executed.
 from __future__ import annotations
 
 import functools
-import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,8 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from slm_export.errors import InputError, SlmExportError
-from slm_export.jsonfile import read_object
 from slm_export.tokenization.templates import render_chat
+from slm_export.tokenization.tokenizer_checks import check_files, check_template, stop_ids_of
 
 if TYPE_CHECKING:
     from slm_export.checkpoint import Checkpoint
@@ -42,19 +40,6 @@ TOKENIZER_FILES = (
 
 OWN_TOKENIZER = "tokenizer/tokenizer.json"
 """The source's own tokenizer in a bundle."""
-
-_VOCABULARIES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.txt",
-    "vocab.json",
-    "tekken.json",
-)
-
-
-_SAMPLER = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_length", "max_new_tokens")
 
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
@@ -80,13 +65,14 @@ class SourceTokenizer:
     @classmethod
     def load(cls, folder: Path) -> SourceTokenizer:
         """Open the tokenizer of a folder, without network and without executing code from it."""
-        _check_files(folder)
+        check_files(folder)
         from transformers import AutoTokenizer
 
         with _told(folder, "cannot be loaded"):
             backend = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             published = _published(folder, backend)
-        return cls(folder, _stop_ids(folder, backend.eos_token_id), backend, published)
+        check_template(folder, backend.chat_template)
+        return cls(folder, stop_ids_of(folder, backend.eos_token_id), backend, published)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, nothing added before or after it."""
@@ -270,61 +256,6 @@ def _published(folder: Path, backend: Any) -> Any:
     made.no_truncation()
     made.no_padding()
     return made if made.get_vocab(with_added_tokens=True) == backend.get_vocab() else None
-
-
-def _check_files(folder: Path) -> None:
-    """Refuse a folder that has no tokenizer, a broken one, or one that only its own code can read."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
-        raise InputError(
-            f"{folder}: no tokenizer; expected tokenizer.json or one of {', '.join(_VOCABULARIES[1:])}"
-        )
-    _read_json(folder / "tokenizer.json")
-    _check_sampler(folder / "generation_config.json")
-    auto_map = _read_json(folder / "tokenizer_config.json").get("auto_map")
-    if auto_map and (not isinstance(auto_map, dict) or "AutoTokenizer" in auto_map):
-        raise InputError(
-            f"{folder / 'tokenizer_config.json'}: the tokenizer needs code of its own (auto_map), which is "
-            "never executed here; save it as a standard tokenizer.json first"
-        )
-
-
-def _check_sampler(file: Path) -> None:
-    """Refuse settings of a sampler that are none: formats carry them to the runner."""
-    content = _read_json(file)
-    for key in _SAMPLER:
-        value = content.get(key)
-        if value is not None and (type(value) not in (int, float) or not 0 <= value < math.inf):
-            raise InputError(f"{file}: {key} is {json.dumps(value)}; it must be a finite number")
-
-
-def _stop_ids(folder: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
-    """Return the stop tokens by the rule that ``SourceTokenizer.stop_ids`` states."""
-    generation = _eos_of(folder / "generation_config.json")
-    if generation:
-        return generation
-    own = () if tokenizer_eos is None else (tokenizer_eos,)
-    return tuple(dict.fromkeys(_eos_of(folder / "config.json") + own))
-
-
-def _eos_of(file: Path) -> tuple[int, ...]:
-    """Return ``eos_token_id`` of a file as a tuple; empty when the file or the key is missing."""
-    content = _read_json(file)
-    nested = content.get("text_config")
-    value = content.get("eos_token_id")
-    if value is None and isinstance(nested, dict):  # the language model inside a multimodal one
-        value = nested.get("eos_token_id")
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-            raise InputError(f"{file}: eos_token_id must be a token id or a list of them, not {value!r}")
-    return tuple(dict.fromkeys(ids))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """Return a JSON object; empty when there is no such file."""
-    return read_object(file) if file.is_file() else {}
 
 
 @contextmanager
