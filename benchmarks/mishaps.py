@@ -93,7 +93,7 @@ def vanishing(arena: Arena, moments: random.Random, count: int) -> Iterator[Case
     places = (("cache", "cache"), ("work", "destination"), ("partial", "unfinished bundle"))
     for number in range(count):
         place, name = places[number % 3]
-        at, with_old = arena.seconds * moments.uniform(0.1, 1), bool(number // 3 % 2)
+        at, with_old = moments.uniform(0, arena.working_seconds), bool(number // 3 % 2)
         yield f"{name} vanishes", partial(harness.vanished, arena, place, at, with_old)
 
 

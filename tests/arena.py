@@ -30,6 +30,8 @@ from slm_export.errors import InputError
 # Of a tiny model with random weights fidelity says nothing, and speed nothing of mishaps.
 COMMON = ("--target", "host", "--format", "onnx", "--no-verify", "--no-bench", "--out", "work/out", "--force")
 OLD, NEW = ("--bits", "32"), ("--bits", "4")
+BEGUN = "read the model"
+"""What an export says first, when its place is claimed."""
 WRITTEN = "write onnx: done"
 """What an export says when all that is left is to put the bundle together, and in its place."""
 _TIMED = frozenset({"report.json", "report.html", "sbom.cdx.json"})
@@ -61,11 +63,17 @@ class Arena:
         for name, options in (("old", OLD), ("new", NEW)):
             began = time.monotonic()
             with self.started(*options) as export:
-                while WRITTEN not in export.said:
-                    time.sleep(0.002)
+                _wait_for(BEGUN, export)
+                begun = time.monotonic()
+                _wait_for(WRITTEN, export)
                 written = time.monotonic()
                 done = export.wait()
-            self.seconds, self.last_seconds = time.monotonic() - began, time.monotonic() - written
+            ended = time.monotonic()
+            self.seconds, self.working_seconds, self.last_seconds = (
+                ended - began,
+                ended - begun,
+                ended - written,
+            )
             assert done.returncode == 0, done.stderr
             assert verify_files(self.out) == ()
             self._contents[name] = contents(self.out)
@@ -162,6 +170,11 @@ def server(root: Path, model: Path | None = None) -> Iterator[Forked]:
             yield run
 
 
+def _wait_for(words: str, export: Running) -> None:
+    while words not in export.said:
+        time.sleep(0.002)
+
+
 # --- mishaps -----------------------------------------------------------------------------------------
 
 
@@ -169,8 +182,7 @@ def killed(arena: Arena, with_old: bool, after_s: float, stage: str = "") -> Out
     """Kill an export and all that it started, so long after it has said something."""
     arena.begin(with_old)
     with arena.started(*NEW) as export:
-        while stage not in export.said:
-            time.sleep(0.002)
+        _wait_for(stage, export)
         time.sleep(after_s)
         export.send(signal.SIGKILL)
         code = export.wait().returncode
@@ -201,9 +213,10 @@ def read_only(arena: Arena, volume: Path, place: str) -> Outcome:
 
 
 def vanished(arena: Arena, place: str, after_s: float, with_old: bool) -> Outcome:
-    """Take a folder away while an export runs: its cache, the place of the bundle, or the "partial" one there."""
+    """Take a folder away while an export works: its cache, the place of the bundle, or the "partial" one there."""
     arena.begin(with_old)
     with arena.started(*NEW) as export:
+        _wait_for(BEGUN, export)
         time.sleep(after_s)
         name = f"work/{next(iter(arena.left('work')), 'none')}" if place == "partial" else place
         with suppress(FileNotFoundError):
@@ -218,8 +231,7 @@ def at_once(arena: Arena, other: Forked, with_old: bool) -> Outcome:
     """Begin a second export into the same folder while a first one writes it: the first is not disturbed."""
     arena.begin(with_old)
     with arena.started(*NEW) as export:
-        while "read the model" not in export.said:  # its place is claimed by then
-            time.sleep(0.002)
+        _wait_for(BEGUN, export)
         export.send(signal.SIGSTOP)
         second = other(arena.model, *COMMON, *OLD, cwd=arena.root)
         export.send(signal.SIGCONT)

@@ -66,7 +66,7 @@ def test_disks_that_are_full_or_cannot_be_written(arena: Arena, tmp_path: Path) 
 @pytest.mark.parametrize("place", ["cache", "work", "partial"])
 def test_a_folder_that_vanishes_takes_nothing_else_along(arena: Arena, place: str) -> None:
     for share in (0.3, 0.6):
-        assert held(harness.vanished(arena, place, share * arena.seconds, with_old=share > 0.5))
+        assert held(harness.vanished(arena, place, share * arena.working_seconds, with_old=share > 0.5))
 
 
 @pytest.mark.slow  # another server; tests/test_staging.py has the same without a command line

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -286,6 +287,16 @@ def test_a_folder_that_comes_in_during_the_export_is_not_replaced(tmp_path: Path
         staging.commit()
     assert tree(out) == {"mine": b"precious"}
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_that_was_removed_meanwhile_is_not_committed_with_what_came_after(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match="was removed while"), staged(tmp_path / "out") as staging:  # noqa: PT012
+        (staging.path / "tokenizer").mkdir()
+        shutil.rmtree(staging.path.parent)
+        # As exporters make the folder of their artifact.
+        (staging.path / "onnx").mkdir(parents=True)
+        staging.commit()
+    assert os.listdir(tmp_path) == []
 
 
 # --- the machine -------------------------------------------------------------------------------------

@@ -42,11 +42,13 @@ class Staging:
         self.committed = False
         self._home = home
         self._force = force
+        self._file = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def commit(self) -> Path:
         """Put the folder in its place in one step, durably, and return that place."""
         assert not self.committed, "a bundle is committed once"
         with machine_errors("write the bundle", self.out):
+            self._refuse_another_folder()
             sync_tree(self.path)
             # Again, because minutes have passed since the first look.
             _refuse_unless_replaceable(self.out, self._force)
@@ -54,6 +56,21 @@ class Staging:
             self.committed = True
             sync(self.out.parent)
         return self.out
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        os.close(self._file)
+
+    def _refuse_another_folder(self) -> None:
+        """Whoever writes a file makes the folder above it: what follows a removal looks whole, and is not."""
+        try:
+            same = os.path.samestat(os.fstat(self._file), self.path.stat())
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise MachineError(
+                f"{self.path.parent}: was removed while the export wrote it; see what cleans up there, and export again"
+            )
 
     def _put_in_place(self) -> None:
         try:
@@ -91,8 +108,11 @@ def staged(out: Path, force: bool = False) -> Iterator[Staging]:
                 _refuse_unless_replaceable(out, force)
                 lock = _claim(home)
         staging = Staging(home, out, force)
-        with machine_errors("write the bundle", out):
-            yield staging
+        try:
+            with machine_errors("write the bundle", out):
+                yield staging
+        finally:
+            staging.close()
     finally:
         # A forked child that unwinds through here owns nothing.
         if os.getpid() == owner:
