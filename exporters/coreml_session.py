@@ -70,6 +70,7 @@ class Decoder:
         self.prefill_chunk = int(metadata[keys.PREFILL])
         self.stop_ids = tuple(json.loads(metadata[keys.STOP_IDS]))
         self.bos_id = int(metadata[keys.BOS_ID]) if keys.BOS_ID in metadata else None
+        self.vocabulary: int | None = None
 
     def logits(self, tokens: Sequence[int], start: int) -> Tensor:
         """Feed tokens at position ``start``; return float32 (vocabulary,) after the last of them."""

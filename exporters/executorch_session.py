@@ -84,6 +84,7 @@ class _Decoder(_Program):
         named = self._metadata.get("get_eos_ids", [])
         self.stop_ids = tuple(named) if isinstance(named, (list, tuple)) else (named,)
         self.bos_id: int | None = self._metadata.get("get_bos_id")
+        self.vocabulary: int | None = self._metadata.get("get_vocab_size")
 
     def logits(self, tokens: Sequence[int], start: int) -> Tensor:
         """Feed tokens at position ``start``; return float32 (vocabulary,) after the last of them."""

@@ -54,6 +54,7 @@ class _Decoder:
         self._signatures: Mapping[str, Any] = model.get_signature_list()
         self._container = container
         self.stop_ids, self.bos_id = container.stop_ids, container.bos_id
+        self.vocabulary: int | None = None
         details = model.get_input_tensor_details(DECODE)
         self.context = int(details["mask"]["shape"][-1])
         lengths = [int(name.removeprefix(PREFILL)) for name in self._signatures if name.startswith(PREFILL)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,24 @@ def write_config(
     path.with_name(CONFIG).write_text(json.dumps(made, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def stop_ids(path: Path) -> tuple[int, ...]:
-    """Return where generation ends, as genai_config.json beside a model says; none without that file."""
-    named = _model_of(path).get("eos_token_id", ())
-    return (named,) if isinstance(named, int) else tuple(named)
+@dataclass(frozen=True)
+class Told:
+    """What genai_config.json beside a model says of its tokens; nothing without that file."""
+
+    stop_ids: tuple[int, ...]
+    bos_id: int | None
+    vocabulary: int | None
 
 
-def bos_id(path: Path) -> int | None:
-    """Return the opening token that genai_config.json beside a model names; None without."""
-    named: int | None = _model_of(path).get("bos_token_id")
-    return named
+def told(path: Path) -> Told:
+    """Return what is said of the tokens of a model."""
+    model = _model_of(path)
+    stops = model.get("eos_token_id", ())
+    return Told(
+        (stops,) if isinstance(stops, int) else tuple(stops),
+        model.get("bos_token_id"),
+        model.get("vocab_size"),
+    )
 
 
 def _model_of(path: Path) -> dict[str, Any]:
@@ -78,12 +87,13 @@ def _model_of(path: Path) -> dict[str, Any]:
     model = read_object(file).get("model") if file.is_file() else {}
     if not isinstance(model, dict):
         raise InputError(f"{file}: has no table 'model'; export the model again")
-    for key in ("bos_token_id", "eos_token_id"):
+    for key in ("bos_token_id", "eos_token_id", "vocab_size"):
         named = model.get(key, 0)
         if not all(type(token) is int for token in (named if isinstance(named, list) else [named])):
-            raise InputError(f"{file}: {key} is {json.dumps(named)}, no token; export the model again")
-    if isinstance(model.get("bos_token_id"), list):
-        raise InputError(f"{file}: bos_token_id is a list; export the model again")
+            raise InputError(f"{file}: {key} is {json.dumps(named)}, no whole number; export the model again")
+    for key in ("bos_token_id", "vocab_size"):
+        if isinstance(model.get(key), list):
+            raise InputError(f"{file}: {key} is a list; export the model again")
     return model
 
 

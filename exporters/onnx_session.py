@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.onnx_genai import bos_id, stop_ids
+from slm_export.exporters.onnx_genai import Told, told
 from slm_export.runtime import Session
 from slm_export.source.tasks import GENERATION
 
@@ -35,7 +35,7 @@ def open_session(path: Path, task: str, threads: int = 0) -> Session:
     if metadata.get(_TASK) != task:
         raise InputError(f"{path}: holds {metadata.get(_TASK, 'no model of ours')}, not {task}")
     if task == GENERATION:
-        return _Decoder(session, metadata, stop_ids(path), bos_id(path))
+        return _Decoder(session, metadata, told(path))
     return _Encoder(session, metadata)
 
 
@@ -62,13 +62,10 @@ class _Model:
 
 
 class _Decoder(_Model):
-    def __init__(
-        self, session: Any, metadata: Mapping[str, str], stops: tuple[int, ...], bos: int | None
-    ) -> None:
+    def __init__(self, session: Any, metadata: Mapping[str, str], said: Told) -> None:
         super().__init__(session, metadata)
-        self.bos_id = bos
+        self.stop_ids, self.bos_id, self.vocabulary = said.stop_ids, said.bos_id, said.vocabulary
         self.prefill_chunk = min(_PREFILL, self.context)
-        self.stop_ids = stops
         self._mask = np.ones((1, self.context), dtype=np.int64)
         self._logits = np.empty(session.get_outputs()[0].shape, dtype=np.float32)
         self._binding = session.io_binding()

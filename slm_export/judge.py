@@ -154,13 +154,14 @@ def _self_checks(subject: Subject, session: DecoderSession) -> tuple[tuple[Check
     """Return checks of a decoder that need no source, and notes on those that cannot be made here."""
     stops = fidelity.judge_stop_tokens(session.stop_ids, subject.tokenizer.stop_ids)
     opening = fidelity.judge_opening_token(session.bos_id, subject.tokenizer)
+    said = (stops, opening, *_judge_vocabulary(session))
     if subject.exporter.elsewhere:
-        return (stops, opening), _elsewhere(subject)
+        return said, _elsewhere(subject)
     prompt = " ".join(subject.documents[0].split()[:12])
     text = judge_vendor_text(
         subject.exporter, subject.path, subject.runner_tokenizer, subject.tokenizer, session, prompt
     )
-    return (stops, opening, text), ()
+    return (*said, text), ()
 
 
 def _judge_context(subject: Subject, session: DecoderSession | EncoderSession) -> Check:
@@ -170,6 +171,15 @@ def _judge_context(subject: Subject, session: DecoderSession | EncoderSession) -
         "" if same else f", where the bundle says {subject.context}"
     )
     return Check("context", same, detail)
+
+
+def _judge_vocabulary(session: DecoderSession) -> tuple[Check, ...]:
+    """Hold the number of tokens that a file names against the scores that it gives; some formats name none."""
+    if session.vocabulary is None:
+        return ()
+    given = session.logits([0], 0).numel()
+    detail = f"{session.vocabulary} tokens are named, {given} have a score"
+    return (Check("vocabulary", session.vocabulary == given, detail),)
 
 
 def _elsewhere(subject: Subject) -> tuple[str, ...]:

@@ -46,6 +46,8 @@ class DecoderSession(Protocol):
     """Where the file itself says that generation ends."""
     bos_id: int | None
     """The opening token that the file itself names; None: it names none."""
+    vocabulary: int | None
+    """How many tokens the file says that there are; None: it does not say."""
 
     def logits(self, tokens: Sequence[int], start: int) -> Tensor:
         """Feed tokens at position ``start``; return float32 (vocabulary,) after the last of them."""

@@ -36,7 +36,7 @@ class TorchSession:
     def __init__(self, checkpoint: Checkpoint, *, lowered: bool, fault: str = "") -> None:
         self.context = 256
         self.prefill_chunk = 256
-        self.stop_ids, self.bos_id = (1,), 0
+        self.stop_ids, self.bos_id, self.vocabulary = (1,), 0, None
         self._model = build_reference(checkpoint, xnnpack_rounding if lowered else None)
         self._seen: list[int] = []
         self._known: dict[tuple[int, ...], Tensor] = {}

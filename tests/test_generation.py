@@ -21,7 +21,7 @@ class Counting:
 
     prefill_chunk = 4
     stop_ids = ()
-    bos_id = None
+    bos_id = vocabulary = None
 
     def __init__(self, context: int = 100) -> None:
         self.context = context

@@ -154,7 +154,7 @@ def test_half_a_character_is_read_token_by_token(both: FewerTokens) -> None:
 class Following:
     """Says that one token follows another for certain, as a model or as a session."""
 
-    context, prefill_chunk, stop_ids, bos_id = 256, 256, (1,), None
+    context, prefill_chunk, stop_ids, bos_id, vocabulary = 256, 256, (1,), None, None
 
     def __init__(self, rows: int, after: dict[int, int], otherwise: int) -> None:
         self.rows, self.after, self.otherwise = rows, after, otherwise

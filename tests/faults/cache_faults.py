@@ -22,6 +22,7 @@ class Forgetful:
         self._session, self._feed = session, feed
         self.context, self.prefill_chunk = session.context, session.prefill_chunk
         self.stop_ids, self.bos_id = session.stop_ids, session.bos_id
+        self.vocabulary = session.vocabulary
 
     def logits(self, tokens: Sequence[int], start: int) -> Tensor:
         """Return the logits after tokens that are not quite these."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attention_faults
 import cache_faults
+import file_faults
 import layer_faults
 import rope_faults
 import tokenizer_faults
@@ -17,4 +18,5 @@ FAULTS: tuple[Fault, ...] = (
     *weight_faults.FAULTS,
     *cache_faults.FAULTS,
     *tokenizer_faults.FAULTS,
+    *file_faults.FAULTS,
 )

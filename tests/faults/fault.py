@@ -53,5 +53,7 @@ class Fault:
     options: Callable[[ExportOptions], ExportOptions] = _same_options
     tokenizer: Callable[[Path], None] = _same_files
     """In the bundle's tokenizer files, before they are packed."""
+    file: Callable[[Path], None] = _same_files
+    """In the artifact, once it is written."""
     session: Callable[[DecoderSession], Session] = _same_session
     """In the runtime."""

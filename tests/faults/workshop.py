@@ -137,6 +137,7 @@ class Workshop:
         path.parent.mkdir(parents=True, exist_ok=True)
         made.runner_tokenizer(work)
         _Faulty(made, fault).write(planted.quantized, self._options(planted, work), path)
+        fault.file(path)
         return work
 
     def _options(self, planted: Planted, work: Path) -> ExportOptions:

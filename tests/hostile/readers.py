@@ -207,9 +207,9 @@ def read_container(folder: Path) -> None:
 
 
 def read_genai(folder: Path) -> None:
-    from slm_export.exporters.onnx_genai import stop_ids
+    from slm_export.exporters.onnx_genai import told
 
-    assert isinstance(stop_ids(folder / "model.onnx"), tuple)
+    assert isinstance(told(folder / "model.onnx"), tuple)
 
 
 def read_text(folder: Path) -> None:
