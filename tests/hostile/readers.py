@@ -209,7 +209,7 @@ def read_container(folder: Path) -> None:
 def read_genai(folder: Path) -> None:
     from slm_export.exporters.onnx_genai import told
 
-    assert isinstance(told(folder / "model.onnx"), tuple)
+    assert isinstance(told(folder / "model.onnx").stop_ids, tuple)
 
 
 def read_text(folder: Path) -> None:
