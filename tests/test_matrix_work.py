@@ -182,7 +182,7 @@ def test_a_stop_ends_what_runs_of_one_command_alone(endless: Path) -> None:
     engine.start("cell", work(endless, run="mine"), None)
     pid = started(endless / LOG)
     stop("theirs")
-    assert engine.ended(0) is None
+    assert engine.ended(0.5) is None
     assert lives("mine")
     engine.stop()
     over = engine.ended(10)
