@@ -7,6 +7,8 @@ export that runs.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,14 +55,16 @@ class Board:
 
     def __enter__(self) -> Board:
         """Show the table, where there is a terminal."""
-        if self._live:
-            self._live.start()
+        with self._unless_broken():
+            if self._live:
+                self._live.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         """Take the table away."""
-        if self._live:
-            self._live.stop()
+        with self._unless_broken():
+            if self._live:
+                self._live.stop()
 
     def started(self, cell: Cell, log: Path, predicted: int | None) -> None:
         """Add a row, or print a line."""
@@ -81,7 +85,7 @@ class Board:
 
     def beat(self, waiting: int) -> None:
         """Bring the table up to date."""
-        if self._live:
+        if self._live and not self._broken:
             self._draw(self._live, waiting)
         elif time.monotonic() - self._beat >= _HEARTBEAT_S:
             self._beat = time.monotonic()
@@ -95,19 +99,21 @@ class Board:
             table.add_column(head, no_wrap=True, overflow="ellipsis")
         for running in self._running.values():
             table.add_row(*(Text(printable(text)) for text in running.row()))
-        try:
+        with self._unless_broken():
             live.update(table, refresh=True)
-        except (OSError, ValueError):
-            self._broken = True
 
     def _say(self, text: str, style: str = "") -> None:
-        if self._broken:
-            return
-        try:
+        with self._unless_broken():
             for line in text.splitlines():
-                self._console.print(Text(printable(line), style), soft_wrap=True)
+                if not self._broken:
+                    self._console.print(Text(printable(line), style), soft_wrap=True)
+
+    @contextmanager
+    def _unless_broken(self) -> Iterator[None]:
+        """Show nothing more on a terminal that is closed or gone: what is made matters, not that it is shown."""
+        try:
+            yield
         except (OSError, ValueError):
-            # Closed or gone: what is made matters, not that it is shown.
             self._broken = True
 
 
