@@ -1,13 +1,16 @@
-"""Android: the program and its tokenizer, as ``LlmModule`` and ``Module`` of executorch-android open them.
+"""Android: the program and its tokenizer, and ``android/``, from which an app's build takes them with a small API.
 
-Both take paths of plain files, so an app ships them in an asset pack or downloads them, and keeps them in its
-own storage. No phone is needed here: speed is measured on this machine, and the report says so.
+The runtimes open plain files by path; the code in ``android/`` brings them from an app's assets into its own storage.
+No phone is needed here: speed is measured on this machine, and the report says so.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
+from slm_export.runtime import Proven
+from slm_export.targets.android_library import write_library
 from slm_export.targets.plain import PlainFolder
 
 
@@ -15,3 +18,7 @@ class Android(PlainFolder):
     """See the module."""
 
     name: ClassVar[str] = "android"
+
+    def finish(self, made: Proven, folder: Path) -> None:
+        """Write the Gradle modules and the code around the artifact."""
+        write_library(made, folder)

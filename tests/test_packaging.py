@@ -55,6 +55,8 @@ def test_a_wheel_holds_all_and_nothing_else(wheel: Path) -> None:
         "slm_export/exporters/executorch.py",
         "slm_export/fidelity/tokens.py",
         "slm_export/bench/places/measure.sh",
+        "slm_export/targets/kotlin/AndroidManifest.xml",
+        "slm_export/targets/kotlin/decoder/executorch.kt.j2",
         "slm_export/targets/swift/Package.swift.j2",
         "slm_export/targets/swift/TokenizerFiles.swift",
         "slm_export/targets/swift/coreml/DecoderRuntime.swift",
