@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError
+from slm_export.foreign import reading
 from slm_export.runtime import Session
 from slm_export.source.tasks import GENERATION
 
@@ -43,7 +44,7 @@ def load_runtime() -> Any:
 def open_session(path: Path, task: str) -> Session:
     """Open a program; InputError where it is not one, or not a program of ours."""
     runtime = load_runtime()
-    try:
+    with reading(path, "ExecuTorch cannot load it"):
         program = runtime._load_program(
             str(path), program_verification=runtime.Verification.InternalConsistency
         )
@@ -52,8 +53,6 @@ def open_session(path: Path, task: str) -> Session:
             raise InputError(f"{path}: has no method 'forward'; export the model again")
         metadata = {name: _plain(program.load_method(name)([])) for name in sorted(names - {"forward"})}
         method = program.load_method("forward")
-    except (RuntimeError, OSError) as error:
-        raise InputError(f"{path}: ExecuTorch cannot load it: {error}; export the model again") from error
     kind = _Decoder if task == GENERATION else _Encoder
     return kind(program, method, metadata)
 
@@ -72,7 +71,10 @@ class _Program:
 
     def _run(self, *inputs: Tensor) -> Tensor:
         # Without the batch; copied, because the runtime reuses the memory of its outputs at the next call.
-        output: Tensor = self._method(list(inputs))[0][0].clone()
+        try:
+            output: Tensor = self._method(list(inputs))[0][0].clone()
+        except RuntimeError as error:
+            raise InputError(f"ExecuTorch cannot run the program: {error}; export the model again") from error
         return output
 
 

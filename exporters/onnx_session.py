@@ -27,6 +27,8 @@ def open_session(path: Path, task: str, threads: int = 0) -> Session:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # what it throws says enough
+    if path.exists() and not path.is_file():  # a pipe would block
+        raise InputError(f"{path}: not a regular file; export the model again")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the binding has a class for every status, and no common one

@@ -180,6 +180,8 @@ class _Weights:
 
 def _specification_file(path: Path) -> Path:
     manifest = path / MANIFEST
+    if manifest.exists() and not manifest.is_file():  # a pipe would block, a device never end
+        raise InputError(f"{manifest}: cannot be read: not a regular file; is it an .mlpackage?")
     try:
         entries = json.loads(manifest.read_bytes())
         name = entries["itemInfoEntries"][entries["rootModelIdentifier"]]["path"]
