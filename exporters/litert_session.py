@@ -14,6 +14,7 @@ from torch import Tensor
 from slm_export.errors import InputError
 from slm_export.exporters.litert_container import Container
 from slm_export.exporters.litert_dialect import MASKED
+from slm_export.foreign import reading
 from slm_export.runtime import Session
 from slm_export.source.tasks import GENERATION
 
@@ -27,11 +28,12 @@ _IN_MEMORY = ":memory"
 
 def open_session(path: Path, task: str, threads: int) -> Session:
     """Open a file; InputError where it is not one, or not one of ours."""
-    if task != GENERATION:
-        return _Encoder(_load(path, threads), path)
-    container = Container.read(path)
-    with container.extracted() as model:
-        return _Decoder(_load(model, threads), container)
+    with reading(path, "LiteRT cannot load it"):
+        if task != GENERATION:
+            return _Encoder(_load(path, threads), path)
+        container = Container.read(path)
+        with container.extracted() as model:
+            return _Decoder(_load(model, threads), container)
 
 
 def _load(path: Path, threads: int) -> Any:

@@ -77,6 +77,10 @@ class Watch:
             return
         if event in ("open", "os.listdir", "os.scandir"):
             self._opened(arguments[0])
+        elif event == "subprocess.Popen" and list(arguments[1])[:2] == [sys.executable, "-m"]:
+            # The product's own children; nothing of the input names what they run.
+            if not str(list(arguments[1])[2]).startswith("slm_export."):
+                self._found.append(f"{event} {arguments!r:.200}")
         elif event in _FORBIDDEN:
             self._found.append(f"{event} {arguments!r:.200}")
         elif event in ("exec", "compile"):
