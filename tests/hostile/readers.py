@@ -163,13 +163,6 @@ def run_bundle(folder: Path) -> None:
     _silent(lambda: run_command(folder, "hello", None, 0.0, 1.0, 2, 0, True, False, True))
 
 
-def verify_bundle(folder: Path) -> None:
-    from slm_export.commands.bundles import verify_command
-    from slm_export.reports.junit import Cases
-
-    _silent(lambda: verify_command(folder, None, None, None, True, Cases()))
-
-
 def _stored(format: str, name: str) -> Read:
     def read(folder: Path) -> None:
         from slm_export.registry import exporter
@@ -309,14 +302,6 @@ READERS = {
             "bundle",
             ("manifest.json", "tokenizer/tokenizer.json"),
             run_bundle,
-            vendor=True,
-            sealed=True,
-        ),
-        Reader(
-            "verify",
-            "bundle",
-            ("manifest.json", "executorch/model.pte"),
-            verify_bundle,
             vendor=True,
             sealed=True,
         ),
