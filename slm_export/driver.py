@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -127,7 +128,9 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
         runtime = runtime_facts(source, tokenizer, options, runners)
         write_lock(staging.path, lock_of(inputs, artifacts, staging.path))
         with bundle.machine_errors(f"write what apps on {plan.profile.target} need", staging.path):
-            plan.target.finish(Proven(facts, artifacts, plan.profile, tokenizer, runtime), staging.path)
+            proven = Proven(facts, artifacts, plan.profile, tokenizer, runtime)
+            told = plan.target.finish(proven, staging.path)
+        report = replace(report, notes=(*report.notes, *told))
         report = bundle.write_documents(staging.path, report, gates=gates, runtime=runtime)
         return report, staging.commit()
 

@@ -178,8 +178,8 @@ class Target(Protocol):
     def bundle(self, tokenizer: SourceTokenizer, folder: Path) -> None:
         """Put what an app on this target needs where artifacts will be: the tokenizer's files."""
 
-    def finish(self, made: Proven, folder: Path) -> None:
-        """Put beside proven artifacts what the build of an app needs."""
+    def finish(self, made: Proven, folder: Path) -> tuple[str, ...]:
+        """Put beside proven artifacts what the build of an app needs; return what people should be told of it."""
 
     def benchmark(self, path: Path, format: str, task: str) -> Latency:
         """Measure an artifact as near to this target as this machine can."""

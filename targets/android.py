@@ -19,6 +19,7 @@ class Android(PlainFolder):
 
     name: ClassVar[str] = "android"
 
-    def finish(self, made: Proven, folder: Path) -> None:
-        """Write the Gradle modules and the code around the artifact."""
-        write_library(made, folder)
+    def finish(self, made: Proven, folder: Path) -> tuple[str, ...]:
+        """Write the Gradle modules and the code around the artifact; say so where Play's limit of an app is passed."""
+        delivery = write_library(made, folder)
+        return () if delivery.delivery == "app" else (delivery.note,)

@@ -18,7 +18,7 @@ from typing import Any
 from slm_export.results import Artifact
 from slm_export.runtime import Proven
 from slm_export.source.tasks import CLASSIFICATION, EMBEDDING, GENERATION
-from slm_export.targets.android_play import fit
+from slm_export.targets.android_play import Fit, fit
 
 FOLDER = "android"
 LIBRARIES: Mapping[tuple[str, bool], tuple[str, str]] = {
@@ -44,8 +44,8 @@ _USES: Mapping[str, str] = {
 }
 
 
-def write_library(made: Proven, folder: Path) -> None:
-    """Write ``android/`` beside the artifacts of a bundle."""
+def write_library(made: Proven, folder: Path) -> Fit:
+    """Write ``android/`` beside the artifacts of a bundle; return how they can be delivered through Google Play."""
     artifact = _chosen(made)
     decoder = made.model.task == GENERATION
     values = _values(made, artifact, folder)
@@ -64,6 +64,8 @@ def write_library(made: Proven, folder: Path) -> None:
         file = folder / FOLDER / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8", newline="\n")
+    found: Fit = values["fit"]
+    return found
 
 
 def package_name(model: str) -> str:

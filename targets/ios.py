@@ -32,6 +32,7 @@ class Ios(PlainFolder):
         super().bundle(tokenizer, folder)
         check_tokenizer(folder / "tokenizer")
 
-    def finish(self, made: Proven, folder: Path) -> None:
+    def finish(self, made: Proven, folder: Path) -> tuple[str, ...]:
         """Write the Swift package around the artifact."""
         write_package(made, folder)
+        return ()

@@ -25,8 +25,9 @@ class PlainFolder:
         """Write ``tokenizer/``."""
         write_tokenizer(tokenizer, folder / "tokenizer")
 
-    def finish(self, made: Proven, folder: Path) -> None:
+    def finish(self, made: Proven, folder: Path) -> tuple[str, ...]:
         """Nothing more is needed: apps open plain files."""
+        return ()
 
     def benchmark(self, path: Path, format: str, task: str) -> Latency:
         """Measure on this machine."""

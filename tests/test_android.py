@@ -49,7 +49,13 @@ def artifact(folder: Path, format: str, task: str, config: object) -> Artifact:
 
 
 @pytest.fixture
-def make(tmp_path: Path, pycode: Path, minilm: Path) -> Make:
+def told() -> list[tuple[str, ...]]:
+    """What the target had to say of each bundle."""
+    return []
+
+
+@pytest.fixture
+def make(tmp_path: Path, pycode: Path, minilm: Path, told: list[tuple[str, ...]]) -> Make:
     """Make a bundle of a task and formats, as the driver would leave it to the target."""
 
     def made(
@@ -77,7 +83,7 @@ def make(tmp_path: Path, pycode: Path, minilm: Path) -> Make:
             }
             runtime["chat_template"] = template is not None
         facts = ModelFacts(name, "X", task, 1, "0" * 64, 1)
-        target.finish(Proven(facts, parts, load_profile("pixel-9"), tokenizer, runtime), folder)
+        told.append(target.finish(Proven(facts, parts, load_profile("pixel-9"), tokenizer, runtime), folder))
         return folder
 
     return made
@@ -185,11 +191,16 @@ def test_plays_limits_decide_how_a_model_is_delivered(megabytes: int, delivery: 
 
 
 def test_the_size_that_is_judged_is_of_all_files_together(
-    make: Make, pycode: Path, monkeypatch: pytest.MonkeyPatch
+    make: Make, told: list[tuple[str, ...]], pycode: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = (pycode / "tokenizer.json").stat().st_size + len(b"program")
+    folder = make()
+    assert told == [()]
+    shutil.rmtree(folder)
     monkeypatch.setattr(android_play, "BASE_MODULE", size)
     assert "too many for the app" in (make() / "android" / "README.md").read_text()
+    # What cannot be in the app is said in the report too.
+    assert "too many for the app" in told[1][0]
 
 
 @pytest.mark.parametrize(
