@@ -131,7 +131,8 @@ def _spare_the_miniature() -> None:
     from slm_export import judge
     from slm_export.results import Check
 
-    judge.judge_exact = lambda *_: Check("exact_graph", True, "left out in these tests")
+    # By its name, because it is not the module's own to give away.
+    setattr(judge, "judge_exact", lambda *_: Check("exact_graph", True, "left out in these tests"))  # noqa: B010
 
 
 def _import() -> None:
