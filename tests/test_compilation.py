@@ -113,7 +113,7 @@ def test_what_the_command_line_says_stays():
 
 def test_no_field_is_forgotten():
     whole = Request().over(SETTINGS)
-    switches = {"force", "verify", "bench"}
+    switches = {"force", "verify", "bench", "locked"}  # of one run, not of a model or an app
     for field in fields(Request):
         if field.name not in switches:
             assert getattr(whole, field.name) != getattr(Request(), field.name), field.name
