@@ -42,6 +42,7 @@ def judge_exact(exporter: Exporter, checkpoint: Checkpoint, tokenizer: Path) -> 
 
     Given   tokenizer: a folder with the tokenizer's files, for formats that pack them
     """
+    exporter.ready()  # who verifies an older artifact has not asked for what writes one
     small = miniature(checkpoint)
     far, where = _distance(exporter, small, tokenizer)
     if far <= LIMIT:
