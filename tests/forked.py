@@ -105,7 +105,7 @@ def forked(environment: dict[str, str], warm: Sequence[str | Path] = ()) -> Iter
 
 
 def _serve() -> dict[str, Any]:
-    """Fork for every request; return one in each child."""
+    """Import what is slow, and return a request in each child."""
     if sys.argv[1:] == [STAND_IN]:
         _stand_in()
     elif len(sys.argv) > 1:
@@ -113,6 +113,11 @@ def _serve() -> dict[str, Any]:
     else:
         _import()
     _spare_the_miniature()
+    return request_of_child()
+
+
+def request_of_child() -> dict[str, Any]:
+    """Fork for every request; return one in each child."""
     gc.freeze()  # collecting what is shared would copy it
     for line in sys.stdin:
         if (child := os.fork()) == 0:

@@ -6,12 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import importlib
-import json
 import os
 import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +43,7 @@ def plant(fault: str) -> None:
 
 
 def serve() -> dict[str, Any]:
-    """Fork for every request; return one in each child."""
+    """Import what is slow, and return a request in each child."""
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     for module in (
         "keras",
@@ -55,13 +52,7 @@ def serve() -> dict[str, Any]:
         "transformers.models.auto.tokenization_auto",
     ):
         importlib.import_module(module)
-    gc.freeze()  # collecting what is shared would copy it
-    for line in sys.stdin:
-        if (child := os.fork()) == 0:
-            return dict(json.loads(line))
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
-    sys.exit()
+    return forked.request_of_child()
 
 
 if __name__ == "__main__":
