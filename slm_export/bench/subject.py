@@ -106,7 +106,9 @@ def _program_task(path: Path) -> str:
     with needs("executorch", "executorch"):
         runtime = load_runtime()
     try:
-        program = runtime._load_program(str(path), program_verification=runtime.Verification.InternalConsistency)
+        program = runtime._load_program(
+            str(path), program_verification=runtime.Verification.InternalConsistency
+        )
     except (RuntimeError, OSError) as error:
         raise InputError(f"{path}: ExecuTorch cannot load it: {error}; export the model again") from error
     names = {program.get_method_name(index) for index in range(program.num_methods())}
