@@ -96,7 +96,6 @@ QUICK = (
     "smollm-3",
     "bert, masks",
     "distilbert, answers",
-    "mobilebert",
 )
 """Families that every run of the tests takes; the others are marked slow."""
 

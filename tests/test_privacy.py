@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +38,10 @@ def hear(event, arguments):
     os._exit(97)
 
 sys.addaudithook(hear)
+# The machine's own name may be as short as two letters, and those are in every file.
+kind, _, *rest = os.uname()
+os.uname = lambda: os.uname_result((kind, "machine-of-somebody", *rest))
+socket.gethostname = lambda: "machine-of-somebody"
 """
 QUICK = ("--target", "host", "--format", "executorch", "--bits", "8")
 
@@ -173,6 +176,6 @@ def test_a_bundle_does_not_tell_whose_machine_made_it(exported: Exported) -> Non
             content = path.read_bytes()
             assert PERSON.encode() not in content, path
             assert str(Path.home()).encode() + b"/" not in content, path
-            assert socket.gethostname().encode() not in content, path
+            assert b"machine-of-somebody" not in content, path
     asked = json.loads((exported.home / "out" / "report.json").read_text())["asked"]
     assert asked["eval_text"] == "text.txt"
