@@ -81,6 +81,16 @@ def test_every_family_is_exact(name: str, format: str, tmp_path: Path, pycode: P
     assert check.value < LIMIT / 10  # a good one is nowhere near the limit
 
 
+@pytest.mark.parametrize("positions", [16, 40])
+def test_a_model_of_few_positions_is_read_to_its_end(positions: int, tmp_path: Path, pycode: Path) -> None:
+    name, config, options = families.DECODERS["gpt-2"]
+    families.save((name, config, {**options, "n_positions": positions}), tmp_path)
+    made = exporter("onnx")
+    made.ready()
+    check = judge_exact(made, load_checkpoint(tmp_path), pycode)
+    assert check.passed, check
+
+
 class Careless:
     """An exporter that writes another model than it was given."""
 

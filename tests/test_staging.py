@@ -360,7 +360,7 @@ def test_a_stale_start_lock_is_not_waited_for_forever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(staging_module, "_START_WAIT_S", 0.1)
-    monkeypatch.setattr(staging_module, "_try_lock", lambda file: False)
+    monkeypatch.setattr(staging_module, "try_lock", lambda file: False)
     began = time.monotonic()
     with pytest.raises(InputError, match="locked by another program"):
         make(tmp_path / "out")

@@ -29,7 +29,7 @@ class Held:
 
     def leave(self, *, remove: bool) -> None:
         """Let go of the folder, and remove it unless others hold it."""
-        if remove and _alone(self._file) is not False:
+        if remove and try_lock(self._file) is not False:
             shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._file)
 
@@ -39,7 +39,7 @@ def reclaim(folder: Path) -> None:
     with suppress(OSError):
         file = _opened(folder)
         try:
-            if _alone(file) and _same(file, folder):
+            if try_lock(file) and _same(file, folder):
                 shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(file)
@@ -49,8 +49,8 @@ def _opened(folder: Path) -> int:
     return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
-def _alone(file: int) -> bool | None:
-    """Whether nobody else holds a folder; None: this file system has no locks."""
+def try_lock(file: int) -> bool | None:
+    """True: locked. False: somebody else holds it. None: this file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

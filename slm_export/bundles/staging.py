@@ -14,7 +14,6 @@ its process however that dies. So a later export can remove what a killed one le
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import secrets
@@ -25,6 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from slm_export.bundles.atomic import exchange, sync, sync_tree
+from slm_export.bundles.held import try_lock
 from slm_export.bundles.integrity import strangers
 from slm_export.errors import InputError, MachineError
 from slm_export.machine import MACHINE_ERRNOS, machine_errors
@@ -198,7 +198,7 @@ def _starting(parent: Path) -> Iterator[None]:
     folder = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         deadline = time.monotonic() + _START_WAIT_S
-        while _try_lock(folder) is False:
+        while try_lock(folder) is False:
             if time.monotonic() > deadline:
                 raise InputError(f"{parent}: locked by another program; try again, or choose another --out")
             time.sleep(0.02)
@@ -207,22 +207,11 @@ def _starting(parent: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def _try_lock(file: int) -> bool | None:
-    """True: locked. False: another process holds it. None: this file system has no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
 def _claim(home: Path) -> int:
     home.mkdir(mode=0o700)
     lock = os.open(home / _OWNER, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
-        _try_lock(lock)
+        try_lock(lock)
         os.write(lock, f"{os.getpid()}\n".encode())
         # Default mode, unlike tempfile's: this folder is what other users will read.
         (home / _BUNDLE).mkdir()
@@ -247,7 +236,7 @@ def _reclaim(out: Path) -> None:
                 home.rmdir()
             continue
         try:
-            locked = _try_lock(lock)
+            locked = try_lock(lock)
             if locked is False:
                 raise InputError(
                     f"{out}: another export (process {match[1]}) is writing it; "

@@ -9,6 +9,7 @@ to the last place of the KV cache. What remains is the order of float operations
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -53,7 +54,8 @@ def judge_exact(exporter: Exporter, checkpoint: Checkpoint, tokenizer: Path) -> 
 
 def _distance(exporter: Exporter, small: Checkpoint, tokenizer: Path) -> tuple[float, str]:
     """Return the largest difference as a share of the range, and where the first is that counts."""
-    options = ExportOptions(context=_CONTEXT, stop_ids=(1,), bos_id=0, tokenizer=tokenizer)
+    context = min(_CONTEXT, small.positions or _CONTEXT)
+    options = ExportOptions(context=context, stop_ids=(1,), bos_id=0, tokenizer=tokenizer)
     with TemporaryDirectory(prefix="slm-export-") as folder:
         path = Path(folder) / exporter.file(small.task)
         path.parent.mkdir(parents=True)
@@ -81,8 +83,8 @@ def _decoder(session: DecoderSession, small: Checkpoint) -> Compared:
     """Return the scores after two prompts and after every token behind them."""
     ids = _some_tokens(small, session.context)
     expected = build_reference(small)(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
-    ends = [*torch.tensor(_PROMPTS).cumsum(0).tolist()]
-    ends += range(ends[-1] + 1, len(ids) + 1)
+    ends = [end for end in accumulate(_PROMPTS) if end < len(ids)]
+    ends += range(max(ends, default=0) + 1, len(ids) + 1)
     starts = [0, *ends[:-1]]
     got = [session.logits(ids[start:end], start) for start, end in zip(starts, ends, strict=True)]
     return got, [expected[end - 1] for end in ends], [f"after {end} tokens" for end in ends]
@@ -92,14 +94,15 @@ def _encoder(session: EncoderSession, small: Checkpoint) -> Compared:
     """Return the outputs for a short and a longer input."""
     model = build_reference(small)
     got, expected = [], []
-    for length in _LENGTHS:
+    lengths = [min(length, session.context) for length in _LENGTHS]
+    for length in lengths:
         ids = _some_tokens(small, length)
         given = torch.tensor([ids])
         output = session.outputs(ids, [1] * length)
         made = model(given, torch.ones_like(given))[0]
         got.append(output[tuple(slice(size) for size in made.shape)])
         expected.append(made)
-    return got, expected, [f"on {length} tokens" for length in _LENGTHS]
+    return got, expected, [f"on {length} tokens" for length in lengths]
 
 
 def _some_tokens(small: Checkpoint, count: int) -> Sequence[int]:

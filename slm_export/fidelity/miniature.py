@@ -25,8 +25,6 @@ from slm_export.weights import Dense, Weight
 TOKENS = 512
 NEURONS = 256
 WINDOW = 24
-_LAYERS = 1
-"""At least, where there are so many: exporters that copy layers do so from three on."""
 _ASKING = "a miniature"
 
 
@@ -35,9 +33,7 @@ def miniature(checkpoint: Checkpoint) -> Checkpoint:
 
     A sliding window becomes one that a short text outgrows.
     """
-    shorter = (
-        with_layers(checkpoint, range(_depth(checkpoint)), _ASKING) if _layered(checkpoint) else checkpoint
-    )
+    shorter = _first_layers(checkpoint)
     config = _config(shorter)
     cut = {**_neurons(shorter), **_tokens(shorter, config)}
     weights = {name: _dense(weight, cut.get(name, _Cut())) for name, weight in shorter.weights.items()}
@@ -52,12 +48,13 @@ class _Cut:
     columns: Tensor | None = None
 
 
-def _layered(checkpoint: Checkpoint) -> bool:
+def _first_layers(checkpoint: Checkpoint) -> Checkpoint:
     try:
-        stacks_of(checkpoint, _ASKING)
-    except InputError:  # one layer, or one that is used again and again (ALBERT)
-        return False
-    return True
+        return with_layers(checkpoint, range(_depth(checkpoint)), _ASKING)
+    except (
+        InputError
+    ):  # one layer, one that is used again and again (ALBERT), or lists that nobody knows how to cut
+        return checkpoint
 
 
 def _depth(checkpoint: Checkpoint) -> int:
@@ -65,9 +62,9 @@ def _depth(checkpoint: Checkpoint) -> int:
 
     A prefix, because what a layer is may depend on its place.
     """
-    count, stacks = stacks_of(checkpoint, _ASKING)
+    _, stacks = stacks_of(checkpoint, _ASKING)
     module = architecture_of(checkpoint).empty_module()
-    last = min(_LAYERS, count) - 1
+    last = 0
     for stack in stacks:
         layers = cast(nn.ModuleList, module.get_submodule(stack))
         kinds: list[nn.Module] = []
