@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+
+# Workers share the cores: threads of one that wait for each other while the other computes cost many times their gain.
+# Torch reads this when it is imported, so it stands before everything that does.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import shutil
 import signal
 import subprocess
@@ -21,10 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
-
-# Workers share the cores: threads of one that wait for each other while the other computes cost many times their gain.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # How long an example takes is the machine's affair.
 hypothesis.settings.register_profile("slm-export", deadline=None)
@@ -97,7 +99,7 @@ def cli(tmp_path: Path) -> Cli:
         *args: str | Path,
         cwd: Path = tmp_path,
         env: Mapping[str, str] | None = None,
-        timeout: float = 300,
+        timeout: float = 900,
         preexec_fn: Callable[[], None] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

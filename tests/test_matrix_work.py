@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -104,12 +105,20 @@ def test_a_container_has_no_more_than_its_limit(monkeypatch: pytest.MonkeyPatch,
     assert needs.available_bytes() > whole / 2 > 1_800_000
 
 
-def gone(pid: int) -> bool:
+def ended(pid: int) -> bool:
     """Return whether a process has ended; one that nobody waits for stays as a zombie."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def gone(pid: int) -> bool:
+    """Wait until a process has ended: a signal was sent, and the kernel takes its time to carry it out."""
+    deadline = time.monotonic() + 60
+    while not ended(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return ended(pid)
 
 
 # --- processes ---------------------------------------------------------------------------------------

