@@ -29,7 +29,7 @@ from slm_export.tokenization.tokenizer import OWN_TOKENIZER
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slm_export.results import Delegation
+    from slm_export.delegation import Delegation
     from slm_export.tokenization.runtime_tokenizers import RuntimeTokenizer
     from slm_export.weights import Coded, Weight
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from slm_export.delegation import Delegation, LoadMemory, Risk
 from slm_export.exporters.coreml_accelerator_rules import (
     EXPANDED_WHEN,
     GPU,
@@ -23,7 +24,6 @@ from slm_export.exporters.coreml_sizes import CONSTEXPR, Call
 from slm_export.exporters.mil.blob import Packed, size_of
 from slm_export.exporters.mil.package import Function, Package
 from slm_export.exporters.mil.program import Name, Operation
-from slm_export.results import Delegation, LoadMemory, Risk
 
 PREDICTED = "predicted from public rules, not measured"
 

@@ -12,8 +12,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from slm_export.child import call, serve
+from slm_export.delegation import Delegation
 from slm_export.exporters.litert_container import Container
-from slm_export.results import Delegation
 
 
 def delegation(path: Path) -> Delegation:

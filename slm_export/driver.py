@@ -14,6 +14,7 @@ from slm_export.bundles.finished import until_the_end
 from slm_export.bundles.lock import write_lock
 from slm_export.checkpoint import Checkpoint
 from slm_export.compilation import Plan, check_gates, context_for
+from slm_export.delegation import Delegation
 from slm_export.errors import GateError
 from slm_export.evaltext import load_documents, text_sha256
 from slm_export.fidelity.judging import checks_of, judge_acceleration
@@ -28,16 +29,7 @@ from slm_export.recipe import lowest_bits
 from slm_export.reports.asked import asked
 from slm_export.reports.by_weight import rows_of
 from slm_export.reports.environment import environment
-from slm_export.results import (
-    Artifact,
-    Check,
-    Delegation,
-    FormatResult,
-    Latency,
-    ModelFacts,
-    Pair,
-    Report,
-)
+from slm_export.results import Artifact, Check, FormatResult, Latency, ModelFacts, Pair, Report
 from slm_export.runtime import Exporter, ExportOptions, Proven
 from slm_export.source.hub import find_model
 from slm_export.source.load import check_values, load_checkpoint

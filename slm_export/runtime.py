@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from slm_export.checkpoint import Checkpoint
+from slm_export.delegation import Delegation
 from slm_export.profile import FORMATS, CoreML, DeviceProfile
-from slm_export.results import Artifact, Check, Delegation, Latency, ModelFacts
+from slm_export.results import Artifact, Check, Latency, ModelFacts
 from slm_export.tokenization.runtime_tokenizers import RuntimeTokenizer
 from slm_export.tokenization.tokenizer import SourceTokenizer
 from slm_export.weights import Coded, Weight

@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 
 from slm_export.bundles.bundle import sha256_file, size_of, staged, write_documents
+from slm_export.delegation import Delegation
 from slm_export.gates import Gates
 from slm_export.reports.details import Divergence, FrontierPoint, PredictedPhase, Prediction, WeightRow
 from slm_export.results import (
     Artifact,
     Check,
-    Delegation,
     EmbeddingQuality,
     EncoderLatency,
     FormatResult,

@@ -16,6 +16,7 @@ from families import DECODERS, ENCODERS, save, save_tokenizer
 from forked import Forked
 
 from slm_export.compilation import Request, check_gates, make_plan
+from slm_export.delegation import Delegation
 from slm_export.errors import InputError
 from slm_export.exporters.coreml import CoreMLExporter
 from slm_export.exporters.coreml_accelerator_rules import GPU, NEURAL_ENGINE, RULES
@@ -30,7 +31,6 @@ from slm_export.gates import TELLING, Gates
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.profile import FORMATS, CoreML
 from slm_export.registry import exporter
-from slm_export.results import Delegation
 from slm_export.runtime import ExportOptions
 from slm_export.settings import load_settings
 from slm_export.source.load import load_checkpoint

@@ -35,13 +35,14 @@ CORE = (
     "profile",
     "errors",
     "gates",
+    "delegation",
     "results",
     "graph/dialect",
     "runtime",
     "graph/model",
     "source/load",
 )
-TOP = ("driver", "commands", "cli", "opened")
+TOP = ("driver", "commands", "cli", "cli_measuring", "opened")
 
 
 def sources() -> list[Path]:

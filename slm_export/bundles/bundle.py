@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from slm_export.bundles.build import build_manifest
 from slm_export.bundles.checksums import FileEntry, sha256_entries, sha256_file, size_of, tree_files
 from slm_export.bundles.integrity import Problem, verify_files
-from slm_export.bundles.manifest import Manifest, build_manifest, read_manifest, write_manifest
+from slm_export.bundles.manifest import Manifest, read_manifest, write_manifest
 from slm_export.bundles.sbom import write_sbom
 from slm_export.bundles.staging import Staging, staged
 from slm_export.gates import Gates

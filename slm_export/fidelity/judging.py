@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from slm_export.delegation import Delegation
 from slm_export.gates import Gates
-from slm_export.results import Check, Delegation
+from slm_export.results import Check
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
