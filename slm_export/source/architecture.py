@@ -46,11 +46,15 @@ class Architecture:
         config = type(self.config).from_dict(self.config.to_dict())
         config._attn_implementation = attention
         config.use_cache = False
-        # The pooler of BERT and its kin serves next-sentence prediction: no embedding is read from it.
-        options = {"add_pooling_layer": False} if self._has_needless_pooler() else {}
         with no_init_weights(), empty_on_meta(tensors):
-            module: nn.Module = self.cls(config, **options)
+            module: nn.Module = self.cls(config, **self.options)
         return module.eval().requires_grad_(False)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the class is built with, beside its configuration."""
+        # The pooler of BERT and its kin serves next-sentence prediction: no embedding is read from it.
+        return {"add_pooling_layer": False} if self._has_needless_pooler() else {}
 
     def _has_needless_pooler(self) -> bool:
         import inspect
