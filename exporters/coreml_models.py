@@ -25,7 +25,8 @@ from slm_export.exporters.coreml_graph import (
 from slm_export.exporters.coreml_writer import PackageWriter
 from slm_export.results import Signature
 from slm_export.runtime import ExportOptions
-from slm_export.source.provenance import author_of, licence_of
+from slm_export.source.licences import licence_of
+from slm_export.source.provenance import author_of
 from slm_export.source.tasks import CLASSIFICATION, TOKENS, output_shape
 from slm_export.weights import Palettized, Quantized
 
@@ -194,5 +195,5 @@ def _metadata(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, str]:
 def _facts(checkpoint: Checkpoint) -> dict[str, str]:
     """Return what Xcode shows of a model."""
     facts = {"shortDescription": f"{checkpoint.name} ({checkpoint.task})", "versionString": "1"}
-    known = {"author": author_of(checkpoint), "license": licence_of(checkpoint)}
+    known = {"author": author_of(checkpoint), "license": licence_of(checkpoint.folder)}
     return facts | {key: value for key, value in known.items() if value}

@@ -32,8 +32,9 @@ from slm_export.reports.environment import environment
 from slm_export.results import Artifact, Check, FormatResult, Latency, ModelFacts, Pair, Report
 from slm_export.runtime import Exporter, ExportOptions, Proven
 from slm_export.source.hub import find_model
+from slm_export.source.licences import copy_licences
 from slm_export.source.load import check_values, load_checkpoint
-from slm_export.source.provenance import facts_of, refuse_large_vocabulary, runtime_facts, source_sha256
+from slm_export.source.provenance import facts_of, refuse_large_vocabulary, runtime_facts, source_of
 from slm_export.source.tasks import GENERATION
 from slm_export.tokenization.tokenizer import OWN_TOKENIZER, SourceTokenizer, tokenizer_of
 
@@ -61,14 +62,18 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
     folder = find_model(plan.model, plan.request.revision)
     documents = load_documents(plan.request.eval_text)
     toolchain = versions(tools_of(plan))
-    lock = held_against(plan, plan.recipe, toolchain, lambda: source_sha256(folder), progress)
+    lock = held_against(
+        plan, plan.recipe, toolchain, lambda: source_of(folder, plan.request.revision), progress
+    )
     # Only now, because a compiler takes seconds to import: a mistyped folder is told of at once.
     plan.ready()
     out = plan.request.out or Path(f"{folder.resolve().name}-{plan.profile.target}")
     with bundle.staged(out, plan.request.force) as staging, until_the_end() as kept:
         source, tokenizer, context = _read(plan, folder, progress)
         facts = _facts(source, context, progress)
-        inputs = inputs_of(plan, plan.recipe, toolchain, facts.source_sha256)
+        inputs = inputs_of(
+            plan, plan.recipe, toolchain, source_of(folder, plan.request.revision, facts.source_sha256)
+        )
         calibration = calibration_for(plan.recipe, plan.request.calibration, source, tokenizer, progress)
         optimized = optimize(plan.recipe, source, facts.source_sha256, calibration, kept, progress)
         checkpoint = optimized.checkpoint
@@ -76,6 +81,8 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
         if checkpoint.vocabulary is not None:
             tokenizer = tokenizer_of(checkpoint)
         plan.target.bundle(tokenizer, staging.path)
+        with bundle.machine_errors("copy the licence", staging.path):
+            copy_licences(folder, staging.path)
         options = _options(plan, context, tokenizer, staging.path / "tokenizer")
         runners = _runner_tokenizers(plan, source, staging.path)
         notes = [

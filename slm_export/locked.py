@@ -28,7 +28,7 @@ from slm_export.recipe import Recipe, options_of
 from slm_export.results import Artifact
 
 
-def inputs_of(plan: Plan, recipe: Recipe, toolchain: Mapping[str, str], source_sha256: str) -> Inputs:
+def inputs_of(plan: Plan, recipe: Recipe, toolchain: Mapping[str, str], source: Source) -> Inputs:
     """Return what an export follows from.
 
     Given   toolchain: package -> version, of all that takes part
@@ -40,7 +40,7 @@ def inputs_of(plan: Plan, recipe: Recipe, toolchain: Mapping[str, str], source_s
     steps = [{"pass": step.name, **options_of(step)} for step in recipe]
     return Inputs(
         toolchain={"python": ".".join(platform.python_version_tuple()[:2]), **toolchain},
-        source=Source(sha256=source_sha256, revision=request.revision),
+        source=source,
         device=Device(
             target=profile.target, name=profile.name, sha256=_hash(profile.model_dump(mode="json"))
         ),
@@ -66,7 +66,7 @@ def held_against(
     plan: Plan,
     recipe: Recipe,
     toolchain: Mapping[str, str],
-    source_sha256: Callable[[], str],
+    source: Callable[[], Source],
     progress: Progress,
 ) -> Accepted | None:
     """Return the lock file that an export is held against, if one was asked for.
@@ -79,7 +79,7 @@ def held_against(
         return None
     lock = read_lock(path)
     with progress.stage("compare with the lock"):
-        now = inputs_of(plan, recipe, toolchain, source_sha256())
+        now = inputs_of(plan, recipe, toolchain, source())
     if drifted := differences(lock.inputs, now):
         lines = "\n".join(f"  {line}" for line in drifted)
         raise InputError(

@@ -236,7 +236,10 @@ class ModelFacts:
     source_sha256: str
     source_bytes: int
     licence: str | None = None
+    """Its name, as the model's card says it."""
     context: int | None = None
+    licence_texts: tuple[str, ...] = ()
+    """Files of the bundle."""
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
 
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 from sample_reports import (
     GATES,
     RUNTIME,
@@ -300,3 +303,21 @@ def test_the_sbom_names_model_files_and_packages(bundle: Path) -> None:
         if component["type"] == "file"
     }
     assert listed == files
+
+
+def test_the_sbom_is_what_cyclonedx_asks_for(tmp_path: Path) -> None:
+    report = decoder_report(artifact_of(fill(tmp_path)))
+    (tmp_path / "licences").mkdir()
+    (tmp_path / "licences" / "USE POLICY.md").write_text("Be kind.")
+    model = dataclasses.replace(report.model, licence="llama3.2", licence_texts=("licences/USE POLICY.md",))
+    write_documents(tmp_path, dataclasses.replace(report, model=model))
+    text = (tmp_path / "sbom.cdx.json").read_text()
+    validator = JsonStrictValidator(SchemaVersion.V1_6)
+    assert validator.validate_str(text) is None
+    assert validator.validate_str(text.replace('"SHA-256"', '"SHA-257"')) is not None
+    (component,) = [one for one in json.loads(text)["components"] if one["bom-ref"] == "model"]
+    assert component["licenses"] == [{"license": {"name": "llama3.2"}}]
+    (reference,) = component["externalReferences"]
+    assert (reference["type"], reference["url"]) == ("license", "licences/USE%20POLICY.md")
+    entry = {one.path: one for one in read_manifest(tmp_path).files}["licences/USE POLICY.md"]
+    assert reference["hashes"] == [{"alg": "SHA-256", "content": entry.sha256}]

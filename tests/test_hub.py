@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -105,6 +106,8 @@ def test_only_what_an_export_reads_is_asked_for(failing, monkeypatch):
     assert not asked["local_files_only"]
     assert not any(".py" in pattern or ".bin" in pattern for pattern in asked["allow_patterns"])
     assert "README.md" in asked["allow_patterns"], "the licence stands there"
+    for name in ("LICENSE", "LICENSE.txt", "License.md", "license", "NOTICE", "USE_POLICY.md", "Notice.txt"):
+        assert any(fnmatchcase(name, pattern) for pattern in asked["allow_patterns"]), name
 
 
 @pytest.mark.parametrize(

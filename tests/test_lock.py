@@ -16,7 +16,7 @@ from forked import Forked
 
 from slm_export.budget.budget import Budget
 from slm_export.bundles.bundle import verify_files
-from slm_export.bundles.lock import LOCK, Inputs, Lock, Platform, differences, read_lock, write_lock
+from slm_export.bundles.lock import LOCK, Inputs, Lock, Platform, Source, differences, read_lock, write_lock
 from slm_export.compilation import Request, make_plan
 from slm_export.errors import GateError, InputError
 from slm_export.gates import Gates
@@ -33,9 +33,10 @@ CALIBRATED = PROFILE % "Mine" + '[[recipe]]\npass = "gptq"\nbits = 4\ngroup = 32
 FAST = ("--target", "host", "--bits", "32", "--no-verify", "--no-bench")
 
 
-def made_of(request: Request, toolchain: dict[str, str] = TOOLS, sha256: str = SHA) -> Inputs:
+def made_of(request: Request, toolchain: dict[str, str] = TOOLS, **known: str) -> Inputs:
+    source = Source(**{"sha256": SHA, "revision": request.revision, **known})
     plan = make_plan(request)
-    return inputs_of(plan, plan.recipe, toolchain, sha256)
+    return inputs_of(plan, plan.recipe, toolchain, source)
 
 
 # --- what drifted is named ---------------------------------------------------------------------------
@@ -74,6 +75,9 @@ def test_another_model_is_named() -> None:
     )
     assert differences(made_of(REQUEST), made_of(replace(REQUEST, revision="main"))) == (
         "the model's revision: locked none, now main",
+    )
+    assert differences(made_of(REQUEST), made_of(REQUEST, licences=SHA)) == (
+        "the model's licence: locked none, now abababababab",
     )
 
 

@@ -263,6 +263,10 @@ def test_other_inputs_or_a_damaged_bundle_are_made_again(
     config.write_text(text + " ")
     assert to_do(matrix) == failed | {name for name in every if "pycode" in name}
     config.write_text(text)
+    licence = example.folder / "pycode-5m" / "LICENSE"
+    licence.write_text("Do as you like.")
+    assert to_do(matrix) == failed | {name for name in every if "pycode" in name}
+    licence.unlink()
 
 
 def test_a_cells_own_file_asks_for_the_same(first: Summary) -> None:

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from checkpoints import checkpoint
 
-from slm_export.source.provenance import author_of, licence_of
+from slm_export.source.licences import licence_of
+from slm_export.source.provenance import author_of
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ def test_the_author_is_whom_the_card_names(front: str, author: str | None, tmp_p
     (tmp_path / "README.md").write_text(f"---\n{front}\n---\nauthor: not in the front matter\n")
     source = replace(checkpoint({}), folder=tmp_path)
     assert author_of(source) == author
-    assert licence_of(source) == ("mit" if "license" in front else None)
+    assert licence_of(source.folder) == ("mit" if "license" in front else None)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_the_author_is_whom_the_card_names(front: str, author: str | None, tmp_p
 )
 def test_the_licence_is_what_the_card_says(front: str, licence: str | None, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(f"---\nlanguage: en\n{front}\n---\nlicense: not here\n")
-    assert licence_of(replace(checkpoint({}), folder=tmp_path)) == licence
+    assert licence_of(tmp_path) == licence
 
 
 def test_the_configuration_goes_first(tmp_path: Path) -> None:
@@ -57,4 +58,4 @@ def test_the_configuration_goes_first(tmp_path: Path) -> None:
 
 def test_without_a_card_nobody_is_named(tmp_path: Path) -> None:
     source = replace(checkpoint({}), folder=tmp_path)
-    assert (author_of(source), licence_of(source)) == (None, None)
+    assert (author_of(source), licence_of(source.folder)) == (None, None)

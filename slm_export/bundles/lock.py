@@ -33,6 +33,7 @@ _TOOLS, _PASSES = "toolchain.", "recipe"
 _NAMES = {
     "source.sha256": "the model's files",
     "source.revision": "the model's revision",
+    "source.licences": "the model's licence",
     "device.sha256": "the device profile",
     "text.evaluation": "the evaluation text",
     "text.calibration": "the calibration text",
@@ -45,10 +46,14 @@ class _Entry(BaseModel):
 
 
 class Source(_Entry):
-    """The model: the hash that the manifest has, and the revision that was asked for."""
+    """The model: the hash that the manifest has, and the revision that was asked for.
+
+    ``licences`` is of the licence's name and texts, which go into the bundle; None of a model without.
+    """
 
     sha256: Sha256
     revision: str | None = None
+    licences: Sha256 | None = None
 
 
 class Device(_Entry):

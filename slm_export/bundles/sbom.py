@@ -9,12 +9,13 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from slm_export.bundles.checksums import FileEntry, sha256_entries
 from slm_export.results import ModelFacts, Report
 
 if TYPE_CHECKING:
-    from cyclonedx.model import HashType
+    from cyclonedx.model import ExternalReference, HashType
     from cyclonedx.model.component import Component
     from cyclonedx.model.license import DisjunctiveLicense, LicenseExpression
 
@@ -30,7 +31,7 @@ def sbom_text(report: Report, files: Sequence[FileEntry]) -> str:
     bom = Bom(serial_number=uuid.uuid5(uuid.NAMESPACE_OID, content))
     # The library fills in the present time; the format allows none, and its writer then leaves it out.
     bom.metadata.timestamp = None  # type: ignore[assignment]
-    bundle, model = _bundle(report, files), _model(report.model)
+    bundle, model = _bundle(report, files), _model(report.model, files)
     formats = {result.artifact.path.as_posix(): result.artifact.format for result in report.formats}
     parts = [_file(entry, formats) for entry in files]
     tools = [_package(name, version) for name, version in sorted(report.toolchain.items())]
@@ -60,7 +61,7 @@ def _bundle(report: Report, files: Sequence[FileEntry]) -> Component:
     )
 
 
-def _model(model: ModelFacts) -> Component:
+def _model(model: ModelFacts, files: Sequence[FileEntry]) -> Component:
     from cyclonedx.model import Property
     from cyclonedx.model.component import Component, ComponentType
 
@@ -76,6 +77,7 @@ def _model(model: ModelFacts) -> Component:
         bom_ref="model",
         hashes=[_sha256(model.source_sha256)],
         licenses=_licences(model.licence),
+        external_references=_texts(model.licence_texts, files),
         properties=[Property(name=f"slm-export:{key}", value=value) for key, value in facts.items()],
     )
 
@@ -125,6 +127,19 @@ def _licences(licence: str | None) -> list[DisjunctiveLicense | LicenseExpressio
     if is_expression(licence):
         return [LicenseExpression(licence)]
     return [DisjunctiveLicense(name=licence)]
+
+
+def _texts(paths: Sequence[str], files: Sequence[FileEntry]) -> list[ExternalReference]:
+    """Return where the licence's texts are: files of the bundle."""
+    from cyclonedx.model import ExternalReference, ExternalReferenceType, XsUri
+
+    hashes = {entry.path: entry.sha256 for entry in files}
+    return [
+        ExternalReference(
+            type=ExternalReferenceType.LICENSE, url=XsUri(quote(path)), hashes=[_sha256(hashes[path])]
+        )
+        for path in paths
+    ]
 
 
 def _sha256(value: str) -> HashType:

@@ -19,7 +19,7 @@ from slm_export.exporters.litert_keras_file import write
 from slm_export.fidelity.judging import checks_of
 from slm_export.gates import Gates
 from slm_export.keras.judge import judge
-from slm_export.keras.read import Read, read_model, ready, source_sha256
+from slm_export.keras.read import Read, read_model, ready, source_of, source_sha256
 from slm_export.keras.source import name_of
 from slm_export.locked import held_against, inputs_of, lock_of
 from slm_export.optimizers.group_quantize import GroupQuantize
@@ -30,6 +30,7 @@ from slm_export.reports.asked import asked
 from slm_export.reports.by_weight import changes_of, rows_of
 from slm_export.reports.environment import environment
 from slm_export.results import Artifact, FormatResult, Latency, ModelFacts, PassRow, Quality, Report
+from slm_export.source.licences import copy_licences, licence_of, licence_texts
 from slm_export.source.tasks import CLASSIFICATION, EMBEDDING
 
 FORMAT, SOURCE = "litert", "tensorflow"
@@ -47,16 +48,18 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
     path = Path(plan.model).expanduser()
     ready()
     toolchain = versions(_TOOLS)
-    lock = held_against(plan, (step,), toolchain, lambda: source_sha256(path), progress)
+    lock = held_against(plan, (step,), toolchain, lambda: source_of(path), progress)
     out = plan.request.out or Path(f"{name_of(path)}-{plan.profile.target}")
     with bundle.staged(out, plan.request.force) as staging:
         read = read_model(path, plan.request.context, plan.request.eval_text, progress)
         facts = _facts(read, path, progress)
-        inputs = inputs_of(plan, (step,), toolchain, facts.source_sha256)
+        inputs = inputs_of(plan, (step,), toolchain, source_of(path, facts.source_sha256))
         checkpoint, row = quantize(read.converted, step, progress)
         gates = gates_for(plan, checkpoint)
         if read.tokenizer is not None:
             plan.target.bundle(read.tokenizer, staging.path)
+        with bundle.machine_errors("copy the licence", staging.path):
+            copy_licences(path, staging.path)
         artifact = _write(read, checkpoint, facts.parameters, staging.path, progress)
         notes = lock.refuse_other_bytes((artifact,), staging.path) if lock else ()
         report = Report(
@@ -157,7 +160,9 @@ def _facts(read: Read, path: Path, progress: Progress) -> ModelFacts:
             parameters=parameters,
             source_sha256=source_sha256(path),
             source_bytes=4 * parameters,
+            licence=licence_of(path),
             context=read.converted.checkpoint.positions,
+            licence_texts=licence_texts(path),
         )
 
 

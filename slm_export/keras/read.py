@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slm_export.bundles.checksums import FileEntry, sha256_entries, sha256_file
+from slm_export.bundles.lock import Source
 from slm_export.errors import InputError, MissingComponentError
 from slm_export.exporters.litert_keras import Converted, convert
 from slm_export.keras.inputs import HeldOut, held_out
 from slm_export.keras.judge import source_outputs, task_of, threshold_of
 from slm_export.keras.source import TensorFlowModel, open_model, tensorflow
 from slm_export.progress import Progress
+from slm_export.source.licences import licences_sha256
 from slm_export.source.load import check_values
 from slm_export.source.tasks import CLASSIFICATION
 from slm_export.tokenization.tokenizer import SourceTokenizer
@@ -71,6 +73,11 @@ def read_model(path: Path, context: int | None, eval_text: Path | None, progress
     ]
     converted = replace(converted, checkpoint=replace(converted.checkpoint, task=task))
     return Read(model, converted, tokenizer, held, labels, threshold_of(sample), (*notes, *held.notes))
+
+
+def source_of(path: Path, sha256: str | None = None) -> Source:
+    """Return what a lock says of a model; ``sha256`` is that of `source_sha256`, where it is known already."""
+    return Source(sha256=sha256 or source_sha256(path), licences=licences_sha256(path))
 
 
 def source_sha256(path: Path) -> str:

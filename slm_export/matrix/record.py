@@ -12,6 +12,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from slm_export.bundles.bundle import verify_files
+from slm_export.bundles.lock import Source
 from slm_export.driver import tools_of, versions
 from slm_export.errors import SlmExportError
 from slm_export.keras import read as keras
@@ -20,7 +21,7 @@ from slm_export.locked import inputs_of
 from slm_export.matrix.cells import Cell
 from slm_export.matrix.work import ANSWER
 from slm_export.source.hub import find_model
-from slm_export.source.provenance import source_sha256
+from slm_export.source.provenance import source_of
 
 RECORD = "cell.json"
 
@@ -37,17 +38,17 @@ class Record:
     """Of the export's process; None where it did not tell."""
 
 
-def source_hash(model: str, revision: str | None) -> str:
-    """Return the hash of a model's files; one on the hub is downloaded first."""
+def source_facts(model: str, revision: str | None) -> Source:
+    """Return what a lock says of a model: the hashes of its files and licence; one on the hub is downloaded first."""
     if is_tensorflow_model(model):
-        return keras.source_sha256(Path(model))
-    return source_sha256(find_model(model, revision))
+        return keras.source_of(Path(model))
+    return source_of(find_model(model, revision), revision)
 
 
-def content_key(cell: Cell, source: str) -> str:
+def content_key(cell: Cell, source: Source) -> str:
     """Return a hash of all that a cell's bundle follows from.
 
-    Given   source: the hash of its model
+    Given   source: what is known of its model
     """
     plan = cell.plan
     inputs = inputs_of(plan, plan.recipe, versions(tools_of(plan)), source)

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from slm_export.bundles.finished import CACHE_VARIABLE, KEEP_VARIABLE
 from slm_export.bundles.integrity import strangers
+from slm_export.bundles.lock import Source
 from slm_export.errors import GateError, InputError, MachineError
 from slm_export.matrix.cells import Cell
 from slm_export.matrix.engine import Engine
@@ -29,7 +30,7 @@ from slm_export.matrix.record import (
     content_key,
     is_complete,
     read_record,
-    source_hash,
+    source_facts,
     write_record,
 )
 from slm_export.matrix.results import Result
@@ -95,13 +96,13 @@ def claimed(out: Path) -> Iterator[None]:
 
 def tasks_of(cells: Sequence[Cell], out: Path, force: bool, progress: Progress) -> tuple[Task, ...]:
     """Return what is to be done: every model is found and hashed once, and bundles of before are looked at."""
-    hashes: dict[str, str] = {}
+    found: dict[str, Source] = {}
     tasks = []
     with progress.stage("see what is there", total=len(cells)) as stage:
         for cell in cells:
-            if cell.model not in hashes:
-                hashes[cell.model] = source_hash(str(cell.settings.model), cell.settings.revision)
-            key = content_key(cell, hashes[cell.model])
+            if cell.model not in found:
+                found[cell.model] = source_facts(str(cell.settings.model), cell.settings.revision)
+            key = content_key(cell, found[cell.model])
             record = None if force else read_record(out / CELLS / cell.name)
             kept = record if is_complete(record, key, out / BUNDLES / cell.name) else None
             tasks.append(Task(cell, key, peak_of(cell), kept))

@@ -1,8 +1,8 @@
 """Where a MODEL argument leads: a folder, or a model on the Hugging Face hub.
 
-Only what an export reads is downloaded: configuration, safetensors, tokenizer, model card. Nothing is executed.
-``HF_HUB_OFFLINE`` (which ``--offline`` sets), ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_TOKEN`` are honoured, as by every
-tool on that hub.
+Only what an export reads is downloaded: configuration, safetensors, tokenizer, model card, licence. Nothing is
+executed. ``HF_HUB_OFFLINE`` (which ``--offline`` sets), ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_TOKEN`` are honoured, as
+by every tool on that hub.
 """
 
 from __future__ import annotations
@@ -13,10 +13,21 @@ from pathlib import Path
 
 from slm_export.errors import InputError, MachineError
 from slm_export.machine import machine_errors
+from slm_export.source.licences import PATTERNS
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# The card names author and licence.
-_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*_Pooling/*", "*_Dense/*", "README.md"]
+# The card names author and licence; the licence's texts go into every bundle.
+_WANTED = [
+    "*.json",
+    "*.safetensors",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*_Pooling/*",
+    "*_Dense/*",
+    "README.md",
+    *PATTERNS,
+]
 # Weights of other frameworks' folders, and demo inputs, are of no use here.
 _UNWANTED = ["onnx/*", "openvino/*", "original/*", "coreml/*"]
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from slm_export.bundles.checksums import FileEntry, sha256_entries, sha256_file
+from slm_export.bundles.lock import Source
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError
 from slm_export.results import ModelFacts
 from slm_export.runtime import ExportOptions
+from slm_export.source.card import front_matter, listed
+from slm_export.source.licences import licence_of, licence_texts, licences_sha256
 from slm_export.source.tasks import CLASSIFICATION, GENERATION, TOKENS
 from slm_export.tokenization.tokenizer import SourceTokenizer
 
@@ -27,7 +29,8 @@ def facts_of(source: Checkpoint, context: int) -> ModelFacts:
         parameters=source.parameters,
         source_sha256=source_sha256(source.folder),
         source_bytes=source.bytes,
-        licence=licence_of(source),
+        licence=licence_of(source.folder),
+        licence_texts=licence_texts(source.folder),
         context=context,
     )
 
@@ -45,6 +48,11 @@ def source_sha256(folder: Path) -> str:
         for file in near
         if file.parent not in ours
     )
+
+
+def source_of(folder: Path, revision: str | None, sha256: str | None = None) -> Source:
+    """Return what a lock says of a model's folder; ``sha256`` is that of `source_sha256`, where it is known already."""
+    return Source(sha256=sha256 or source_sha256(folder), revision=revision, licences=licences_sha256(folder))
 
 
 def refuse_large_vocabulary(source: Checkpoint, tokenizer: SourceTokenizer) -> None:
@@ -79,34 +87,9 @@ def runtime_facts(
     return facts
 
 
-def licence_of(source: Checkpoint) -> str | None:
-    """Return the licence that a model card's front matter names, or several; "other" has its name beside it."""
-    card = _front_matter(source)
-    names = _listed("license", card)
-    if names == ["other"]:
-        names = _listed("license_name", card) or names
-    return ", ".join(names) or None
-
-
 def author_of(source: Checkpoint) -> str | None:
     """Return who made the model, as its configuration or its card's front matter says: a name, or several in a list."""
     for key in ("authors", "author"):
         if said := getattr(source.config, key, None):
             return ", ".join(map(str, said)) if isinstance(said, list | tuple) else str(said)
-    return ", ".join(_listed("authors?", _front_matter(source))) or None
-
-
-def _listed(key: str, card: str) -> list[str]:
-    """Return what a key of the front matter says: a text, [a, b], or a line for each that begins with a dash."""
-    found = re.search(rf"^{key}: *(.*(?:\n *- .*)*)", card, re.MULTILINE)
-    parts = re.split(r"\n *- |,", found[1].strip(" []")) if found else []
-    return [name for part in parts if (name := part.strip(" '\""))]
-
-
-def _front_matter(source: Checkpoint) -> str:
-    """Return the YAML between two lines of dashes that a model card begins with."""
-    card = source.folder / "README.md"
-    if not card.is_file():
-        return ""
-    found = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    return found[1] if found else ""
+    return ", ".join(listed("authors?", front_matter(source.folder))) or None
