@@ -54,7 +54,14 @@ def diff(**asked: Any) -> None:
     show_default=True,
     help="This machine, an Android device, a board, or an Apple device.",
 )
-@click.option("--device", metavar="SERIAL|HOST", help="Which one, where there are several.")
+@click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    metavar="SERIAL|HOST|all",
+    help="Which one, where there are several; may be repeated, to measure on all of them at once. "
+    "`all`: every phone that adb knows.",
+)
 @click.option("--format", "format", help="Which artifact of the bundle. [default: the first]")
 @click.option("--runs", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="[default: as many as cores; on a device: 4]")

@@ -66,26 +66,15 @@ class Phone:
 
 
 @contextmanager
-def plugged_in(phone: Phone) -> Iterator[int]:
-    """Yield the port of an adb server that has this phone."""
-    phone.tmp.mkdir(parents=True, exist_ok=True)
-    tools = phone.folder / "bin"
-    tools.mkdir(exist_ok=True)
-    says = {"getprop": "$ABIS", "dumpsys": "$THERMAL"}
-    for name, said in says.items():
-        (tools / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "{said}"\n', encoding="utf-8")
-    (tools / "df").write_text(
-        '#!/bin/sh\necho "Filesystem 1024-blocks Used Available Capacity Mounted on"\n'
-        'echo "/dev/block/dm-9 20000000 1 $FREE_KB 1% /data"\n',
-        encoding="utf-8",
-    )
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
+def plugged_in(*phones: Phone) -> Iterator[int]:
+    """Yield the port of an adb server that has these phones."""
+    for phone in phones:
+        _give_tools(phone)
 
     class Handler(BaseRequestHandler):
         def handle(self) -> None:
             with suppress(ConnectionError, EOFError):
-                _Conversation(self.request, phone).talk()
+                _Conversation(self.request, phones).talk()
 
     class Server(ThreadingTCPServer):
         daemon_threads = True
@@ -101,9 +90,25 @@ def plugged_in(phone: Phone) -> Iterator[int]:
             thread.join()
 
 
+def _give_tools(phone: Phone) -> None:
+    phone.tmp.mkdir(parents=True, exist_ok=True)
+    tools = phone.folder / "bin"
+    tools.mkdir(exist_ok=True)
+    says = {"getprop": "$ABIS", "dumpsys": "$THERMAL"}
+    for name, said in says.items():
+        (tools / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "{said}"\n', encoding="utf-8")
+    (tools / "df").write_text(
+        '#!/bin/sh\necho "Filesystem 1024-blocks Used Available Capacity Mounted on"\n'
+        'echo "/dev/block/dm-9 20000000 1 $FREE_KB 1% /data"\n',
+        encoding="utf-8",
+    )
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+
+
 class _Conversation:
-    def __init__(self, connection: socket.socket, phone: Phone) -> None:
-        self._connection, self._phone = connection, phone
+    def __init__(self, connection: socket.socket, phones: tuple[Phone, ...]) -> None:
+        self._connection, self._phones, self._phone = connection, phones, phones[0]
 
     def talk(self) -> None:
         while True:
@@ -118,13 +123,14 @@ class _Conversation:
 
     def _host(self, name: str, rest: str) -> bool:
         """Answer the server's own services; return whether more may follow."""
-        phone = self._phone
+        # Which phone is said by its serial number: `host-serial:PHONE1:features`, `host:tport:serial:PHONE1`.
+        named = [phone for phone in self._phones if phone.serial in rest.split(":")]
+        self._phone = phone = named[0] if named else self._phones[0]
         if rest == "version":
             self._okay(f"{_VERSION:04x}")
         elif rest.startswith("devices"):
-            states = (
-                {} if phone.gone else {phone.serial: phone.state, **dict.fromkeys(phone.others, "device")}
-            )
+            states = {one.serial: one.state for one in self._phones if not one.gone}
+            states |= {other: "device" for one in self._phones if not one.gone for other in one.others}
             lines = [
                 f"{serial:<22} {state} usb:1-1 product:p model:Test_Phone device:d transport_id:1"
                 for serial, state in states.items()

@@ -8,5 +8,6 @@ host.py        several subjects side by side, each in a process of its own
 place.py       what a device is asked for; adb.py, ssh.py and devicectl.py reach one
 runners.py     the vendors' programs: how they are called, and what they print
 remote.py      find, check, push, run, pull, clean up
-show.py        the table
+fleet.py       several devices at once
+show.py        the table; show_fleet.py: that of several devices
 """

@@ -14,7 +14,7 @@ from rich.text import Text
 from slm_export.bench.figures import Conditions, Instant, Measurement, Spread, ratios
 from slm_export.reports.words import megabytes, printable
 
-_WIDEST = 1000
+WIDEST = 1000
 _NOT_MEASURED = "not measured"
 _UNITS = {
     "bytes": "file",
@@ -63,7 +63,7 @@ def print_measurements(console: Console, measurements: Sequence[Measurement]) ->
         rate = ", tokens/s" if key.startswith(("prefill ", "decode ")) else ""
         table.add_row(_UNITS.get(key, key + rate), *cells, *(_ratio(found.get(key)) for found in compared))
     # A narrow terminal wraps the lines; cutting cells would lose figures.
-    Console(file=console.file, width=_WIDEST, highlight=False).print(table)
+    Console(file=console.file, width=WIDEST, highlight=False).print(table)
     for letter, found in zip(letters, measurements, strict=True):
         for line in _rest(found):
             console.print(Text(f"{letter}  {printable(line)}"))

@@ -143,7 +143,10 @@ def _print_answer(answered: dict[str, Any], as_json: bool) -> None:
 
 
 def bench_command(request: BenchRequest, as_json: bool) -> None:
-    """Measure an artifact, then print the table."""
+    """Measure an artifact, then print the table; of several devices, exit with what those that failed came to."""
+    if request.of_a_fleet:
+        _bench_fleet_command(request, as_json)
+        return
     with working() as progress:
         from slm_export.bench.command import bench
         from slm_export.bench.show import print_measurements, to_json
@@ -153,6 +156,22 @@ def bench_command(request: BenchRequest, as_json: bool) -> None:
         print_json(to_json(found))
     else:
         print_measurements(stdout(), found)
+
+
+def _bench_fleet_command(request: BenchRequest, as_json: bool) -> None:
+    with working() as progress:
+        from slm_export.bench.command import bench_fleet
+        from slm_export.bench.show_fleet import print_fleet, to_json
+
+        found = bench_fleet(request, progress)
+    if as_json:
+        print_json(to_json(found))
+    else:
+        print_fleet(stdout(), found)
+    if codes := [one.exit_code for one in found if one.error is not None]:
+        sys.stdout.flush()
+        # As of a matrix: the failure that another try mends least.
+        sys.exit(min(codes))
 
 
 def _as_typed(out: Path) -> Path:

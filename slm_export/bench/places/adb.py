@@ -7,6 +7,7 @@ the status of PowerManager from NONE to SHUTDOWN.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -24,6 +25,7 @@ _GET = (
 _BASE = "/data/local/tmp"
 _MACHINES = {"arm64-v8a": "aarch64", "armeabi-v7a": "arm", "armeabi": "arm", "x86_64": "x86_64", "x86": "x86"}
 _THROTTLING = ("none", "light", "moderate", "severe", "critical", "emergency", "shutdown")
+_NONE = "adb finds no device; plug one in, with USB debugging turned on in its developer options"
 _MARK = "slm-export-exit:"
 _MEND = {
     "unauthorized": "unlock it and allow debugging from this computer",
@@ -39,8 +41,11 @@ class Adb:
 
     name: ClassVar[str] = "adb"
 
-    def __init__(self, serial: str | None, patience_s: float = ANSWER_S) -> None:
+    def __init__(
+        self, serial: str | None, patience_s: float = ANSWER_S, stop: threading.Event | None = None
+    ) -> None:
         self._asked, self._patience_s = serial, patience_s
+        self._stop = stop
         self._adb = self._serial = self.title = ""
         self._machines: tuple[str, ...] = ()
         self._folder = UnixFolder(self, _BASE)
@@ -48,7 +53,7 @@ class Adb:
     def find(self) -> Device:
         """See `Place`."""
         self._adb = find_tool("adb", _GET)
-        self._serial, model = _choose(self._listed(), self._asked)
+        self._serial, model = _choose(_listed(self._adb, self._patience_s), self._asked)
         self.title = f"{model} ({self._serial})"
         _, said = self.shell("getprop ro.product.cpu.abilist", "ask for the ABI")
         abis = [abi for abi in said.strip().split(",") if abi]
@@ -75,6 +80,8 @@ class Adb:
 
     def clean_up(self) -> None:
         """See `Place`."""
+        # What was begun is taken away in any case.
+        self._stop = None
         self._folder.clean_up()
 
     def left_behind(self) -> str:
@@ -111,32 +118,51 @@ class Adb:
 
     def _call(self, arguments: Sequence[str], doing: str, timeout_s: float) -> Said:
         command = [self._adb, "-s", self._serial, *arguments]
-        return call_tool(command, f"{self.title}: {doing}", timeout_s)
-
-    def _listed(self) -> str:
-        said = call_tool([self._adb, "devices", "-l"], "adb: list the devices", self._patience_s)
-        if said.code:
-            raise MachineError(f"adb cannot list devices: {said.reason}")
-        return said.out
+        return call_tool(command, f"{self.title}: {doing}", timeout_s, stop=self._stop)
 
 
-def _choose(listed: str, asked: str | None) -> tuple[str, str]:
-    """Return serial and model of a device from what ``adb devices -l`` says."""
-    found: dict[str, tuple[str, str]] = {}
+def serials(patience_s: float = ANSWER_S) -> tuple[str, ...]:
+    """Return the serial numbers of all devices that adb knows, also of those that refuse it.
+
+    Raises:
+        MissingComponentError: adb is not installed.
+        MachineError: there is none, or adb does not answer.
+    """
+    if found := tuple(_states(_listed(find_tool("adb", _GET), patience_s))):
+        return found
+    raise MachineError(_NONE)
+
+
+def _listed(adb: str, patience_s: float) -> str:
+    said = call_tool([adb, "devices", "-l"], "adb: list the devices", patience_s)
+    if said.code:
+        raise MachineError(f"adb cannot list devices: {said.reason}")
+    return said.out
+
+
+def _states(listed: str) -> dict[str, tuple[str, str]]:
+    """Return serial -> state and model from what ``adb devices -l`` says."""
+    found = {}
     for line in listed.splitlines():
         if match := re.match(r"(\S+)\s+(no permissions|\w+)(.*)", line):
             model = re.search(r"model:(\S+)", match[3])
             found[match[1]] = (match[2], model[1].replace("_", " ") if model else "Android device")
     found.pop("List", None)
+    return found
+
+
+def _choose(listed: str, asked: str | None) -> tuple[str, str]:
+    """Return serial and model of one device."""
+    found = _states(listed)
     known = ", ".join(found) or "none"
     if asked is not None and asked not in found:
         raise InputError(f"--device {asked}: adb knows no such device (it knows: {known})")
     if not found:
-        raise MachineError(
-            "adb finds no device; plug one in, with USB debugging turned on in its developer options"
-        )
+        raise MachineError(_NONE)
     if asked is None and len(found) > 1:
-        raise InputError(f"adb finds several devices: {known}; choose one with --device SERIAL")
+        raise InputError(
+            f"adb finds several devices: {known}; choose one with --device SERIAL, or measure on --device all"
+        )
     serial = asked or next(iter(found))
     state, model_name = found[serial]
     if state != "device":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import plistlib
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,8 +29,11 @@ class Devicectl:
 
     name: ClassVar[str] = "devicectl"
 
-    def __init__(self, asked: str | None, patience_s: float = ANSWER_S) -> None:
+    def __init__(
+        self, asked: str | None, patience_s: float = ANSWER_S, stop: threading.Event | None = None
+    ) -> None:
         self._asked, self._patience_s = asked, patience_s
+        self._stop = stop
         self._xcrun = self._identifier = self._app = self.title = ""
         self._installed = False
         self._brought: list[str] = []
@@ -97,6 +101,8 @@ class Devicectl:
 
     def clean_up(self) -> None:
         """Take off the app that was installed, and its files with it; those of an app that stays are emptied."""
+        # What was begun is taken away in any case.
+        self._stop = None
         if self._installed:
             self._must(["device", "uninstall", "app", *self._on, self._app], "clean up", _INSTALL_S)
             self._installed = False
@@ -134,7 +140,10 @@ class Devicectl:
 
     def _call(self, arguments: Sequence[str], doing: str, timeout_s: float) -> Said:
         return call_tool(
-            [self._xcrun, "devicectl", *arguments], f"{self.title or 'devicectl'}: {doing}", timeout_s
+            [self._xcrun, "devicectl", *arguments],
+            f"{self.title or 'devicectl'}: {doing}",
+            timeout_s,
+            stop=self._stop,
         )
 
 

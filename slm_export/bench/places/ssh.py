@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -37,8 +38,11 @@ class Ssh:
 
     name: ClassVar[str] = "ssh"
 
-    def __init__(self, host: str | None, patience_s: float = ANSWER_S) -> None:
+    def __init__(
+        self, host: str | None, patience_s: float = ANSWER_S, stop: threading.Event | None = None
+    ) -> None:
         self._host, self._patience_s = host, patience_s
+        self._stop = stop
         self.title = host or ""
         self._ssh = ""
         self._machines: tuple[str, ...] = ()
@@ -78,6 +82,8 @@ class Ssh:
 
     def clean_up(self) -> None:
         """See `Place`."""
+        # What was begun is taken away in any case.
+        self._stop = None
         self._folder.clean_up()
 
     def left_behind(self) -> str:
@@ -115,7 +121,11 @@ class Ssh:
         # The remote user's own shell may be any; ours is sh.
         line = shlex.join(["sh", "-c", command])
         said = call_tool(
-            [self._ssh, *options, "--", self._host, line], f"{self.title}: {doing}", timeout_s, stdin
+            [self._ssh, *options, "--", self._host, line],
+            f"{self.title}: {doing}",
+            timeout_s,
+            stdin,
+            self._stop,
         )
         if said.code == _OWN_FAILURE:
             raise MachineError(f"{self.title}: ssh cannot reach it to {doing}: {said.reason}")
