@@ -127,6 +127,7 @@ def plan(as_json: bool, **asked: Any) -> None:
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @options.matrix
+@options.OFFLINE
 @options.JSON
 def matrix(as_json: bool, **asked: Any) -> None:
     """Export models by devices by formats by recipes, as FILE says, and compare them (docs/matrix.md).

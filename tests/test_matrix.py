@@ -274,6 +274,20 @@ def test_a_cells_own_file_asks_for_the_same(first: Summary) -> None:
         assert load_settings(first.out / "cells" / name) == one.cell.settings
 
 
+@pytest.mark.parametrize("scheduler", [None, "tcp://127.0.0.1:1"])
+def test_exports_are_offline_where_the_command_is(
+    scheduler: str | None, example: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, str]] = []
+    monkeypatch.setattr(command, "_engine", lambda *_: None)
+    monkeypatch.setattr(command, "run", lambda *_, environment, **__: given.append(dict(environment)) or ())
+    request = MatrixRequest(example.folder / "matrix.toml", tmp_path / "out", scheduler=scheduler)
+    for value in ("1", "0"):
+        monkeypatch.setenv("HF_HUB_OFFLINE", value)
+        make(request, SILENT)
+    assert [found.get("HF_HUB_OFFLINE") for found in given] == ["1", None]
+
+
 # --- the file ----------------------------------------------------------------------------------------
 
 

@@ -136,10 +136,12 @@ def test_no_command_on_folders_reaches_for_the_network(
         ("org/name", "--target", "host"),
         ("plan", "org/name", "--target", "host"),
         ("verify", "out", "--source", "org/name"),
+        ("matrix", "matrix.toml"),
     ],
-    ids=["export", "plan", "verify"],
+    ids=["export", "plan", "verify", "matrix"],
 )
 def test_offline_a_hub_name_is_refused_unasked(exported: Exported, arguments: tuple[str, ...]) -> None:
+    (exported.home / "matrix.toml").write_text('models = ["org/name"]\ndevices = ["raspberry-pi-5"]\n')
     done = exported.run(*arguments, "--offline", "--json", cwd=exported.home)
     assert done.returncode == 2, done.stderr
     assert not exported.heard()

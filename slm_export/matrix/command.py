@@ -23,6 +23,7 @@ from slm_export.progress import Progress
 
 CORES_PER_JOB = 2
 _THREADS = "OMP_NUM_THREADS"
+_OFFLINE = "HF_HUB_OFFLINE"
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,13 @@ def make(request: MatrixRequest, progress: Progress) -> Summary:
 
 
 def _room(request: MatrixRequest, matrix: Matrix) -> tuple[Room, Mapping[str, str]]:
-    """Return what exports may take of this machine, and the environment that keeps each to its share of the cores."""
+    """Return what exports may take of this machine, and the environment in which each keeps to that, and offline."""
     if request.scheduler is not None:
         if request.jobs or request.memory:
             raise InputError(
                 "--jobs and --memory are of this machine; with --scheduler the workers see to both"
             )
-        return Room(jobs=1 << 20), {}
+        return Room(jobs=1 << 20), _offline()
     if matrix.bench and (request.jobs or 1) > 1:
         raise InputError(
             f"--jobs {request.jobs}: with bench = true one cell is made at a time, because others would slow it down"
@@ -77,7 +78,12 @@ def _room(request: MatrixRequest, matrix: Matrix) -> tuple[Room, Mapping[str, st
     jobs = 1 if matrix.bench else request.jobs or max(1, cores // CORES_PER_JOB)
     memory = parse_bytes(request.memory, "--memory") if request.memory else available_bytes()
     share = {} if _THREADS in os.environ else {_THREADS: str(max(1, cores // jobs))}
-    return Room(jobs, memory), share
+    return Room(jobs, memory), {**share, **_offline()}
+
+
+def _offline() -> Mapping[str, str]:
+    """Return what exports on other machines have to be told too."""
+    return {_OFFLINE: "1"} if os.environ.get(_OFFLINE) == "1" else {}
 
 
 def _engine(request: MatrixRequest, room: Room, name: str, out: Path) -> Engine:
