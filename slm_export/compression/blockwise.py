@@ -41,6 +41,8 @@ from slm_export.weights import Weight
 
 BATCH = 1024
 """Tokens that go through a block at a time."""
+_COLUMNS = 1024
+"""Of second moments that are added to at once: half of them, as they are symmetric, are those of the other half."""
 _LIVE, _SOURCE = "live", "source"
 
 
@@ -107,9 +109,11 @@ class Block:
         with stopping_at(self.linears[name]) as run:
             for batch in self.batches:
                 x = run(lambda batch=batch: self.run(batch)).flatten(0, -2)  # type: ignore[misc]
-                total.addmm_(x.t(), x)
+                for start in range(0, width, _COLUMNS):
+                    part = x[:, start : start + _COLUMNS]
+                    total[start : start + _COLUMNS, start:].addmm_(part.t(), x[:, start:])
                 tokens += x.shape[0]
-        return total / tokens
+        return total.triu_().add_(total.triu(1).t()).div_(tokens)
 
 
 class Walk:

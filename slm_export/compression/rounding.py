@@ -27,7 +27,9 @@ _CLIPS = {
 }
 """The largest magnitude is mapped to these codes: from a little beyond the range (which clips it) to inside."""
 _COLUMNS = 128  # whose effect on the columns behind them is applied at once
-_ROWS = 1 << 24  # values of the systems of `refit` that stand in memory at a time
+_VALUES = (
+    1 << 18
+)  # of a matrix that are worked on at a time where rows do not depend on each other: they stay in cache
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,10 @@ def cost(values: Tensor, gram: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
 def weighted_scales(values: Tensor, weights: Tensor, bits: int, group: int) -> Tensor:
     """Return the scales, float32 (out, groups) on the grid, of least squared error, columns weighted (in,)."""
+    return torch.cat([_weighted_scales(rows, weights, bits, group) for rows in _few_rows(values)])
+
+
+def _weighted_scales(values: Tensor, weights: Tensor, bits: int, group: int) -> Tensor:
     groups = values.view(values.shape[0], -1, group)
     per_column = weights.view(-1, group)
     largest = groups.abs().amax(-1)
@@ -130,15 +136,8 @@ def descend(values: Tensor, gram: Tensor, codes: Tensor, scales: Tensor, bits: i
 
 def refit(values: Tensor, gram: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """Return the scales of least cost given the codes, rounded to the grid; a row that would lose keeps its own."""
-    count = scales.shape[1]
-    rows = max(1, _ROWS // count**2)
-    parts = [
-        _refit_rows(*part, gram)
-        for part in zip(
-            torch.split(values, rows), torch.split(codes, rows), torch.split(scales, rows), strict=True
-        )
-    ]
-    return torch.cat(parts)
+    together = zip(_few_rows(values), _few_rows(codes), torch.split(scales, _row_count(values)), strict=True)
+    return torch.cat([_refit_rows(*rows, gram) for rows in together])
 
 
 def _refit_rows(values: Tensor, codes: Tensor, scales: Tensor, gram: Tensor) -> Tensor:
@@ -147,8 +146,10 @@ def _refit_rows(values: Tensor, codes: Tensor, scales: Tensor, gram: Tensor) -> 
     by_group = codes.view(rows, count, group)
     system = torch.empty(rows, count, count)
     for g in range(count):
-        reached = by_group[:, g] @ gram[g * group : (g + 1) * group]
-        system[:, g] = (reached.view(rows, count, group) * by_group).sum(-1)
+        # It is symmetric: what lies before the diagonal is known.
+        reached = by_group[:, g] @ gram[g * group : (g + 1) * group, g * group :]
+        system[:, g, g:] = (reached.view(rows, count - g, group) * by_group[:, g:]).sum(-1)
+        system[:, g:, g] = system[:, g, g:]
     residual = (values - _values(codes, scales)) @ gram
     wanted = (residual.view(rows, count, group) * by_group).sum(-1)
     # Groups without a code other than 0 have no say; the share of the diagonal keeps the system regular.
@@ -173,6 +174,14 @@ def _inverse_factor(gram: Tensor) -> Tensor:
             if not failed:
                 return torch.as_tensor(upper)
         more = max(1e-3, more * 10)
+
+
+def _few_rows(values: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(values, _row_count(values))
+
+
+def _row_count(values: Tensor) -> int:
+    return max(1, _VALUES // values.shape[1])
 
 
 def nearest(values: Tensor, step: Tensor, bits: int) -> Tensor:
