@@ -1,0 +1,47 @@
+"""How a problem is put to a model and how its solution follows: by its chat template, or plainly where it has none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slm_export.tokenization.templates import render_chat
+from slm_export.tokenization.tokenizer import SourceTokenizer
+
+PLAIN = "Problem: {problem}\nSolution:\n"
+
+
+def prompt_ids(tokenizer: SourceTokenizer, problem: str, instruction: str | None = None) -> list[int]:
+    """Return the ids behind which an answer begins.
+
+    Given   instruction: put before the problem in a chat; a model without a template was never taught to follow one
+    """
+    if tokenizer.chat_template is None:
+        before, _ = tokenizer.template
+        return [*before, *tokenizer.encode(PLAIN.format(problem=problem))]
+    text = _chat(tokenizer, _messages(problem, instruction), answer=True)
+    return tokenizer.encode(text)
+
+
+def completion_ids(tokenizer: SourceTokenizer, problem: str, solution: str) -> list[int]:
+    """Return the ids of a solution behind `prompt_ids`, with the token that ends it."""
+    text = solution
+    if tokenizer.chat_template is not None:
+        asked = _messages(problem, None)
+        prompt = _chat(tokenizer, asked, answer=True)
+        whole = _chat(tokenizer, [*asked, {"role": "assistant", "content": solution}], answer=False)
+        if whole.startswith(prompt):
+            text = whole[len(prompt) :]
+    ids, stops = tokenizer.encode(text), tokenizer.stop_ids
+    end = next((at for at, token in enumerate(ids) if token in stops), None)
+    if end is not None:
+        return ids[: end + 1]
+    return [*ids, stops[0]] if stops else ids
+
+
+def _messages(problem: str, instruction: str | None) -> list[dict[str, str]]:
+    content = problem if instruction is None else f"{instruction}\n\n{problem}"
+    return [{"role": "user", "content": content}]
+
+
+def _chat(tokenizer: SourceTokenizer, messages: Any, *, answer: bool) -> str:
+    return render_chat(tokenizer.backend, messages, str(tokenizer.folder), answer=answer)
