@@ -31,11 +31,11 @@ from slm_export.learning.endpoint import Endpoint  # noqa: E402
 from slm_export.learning.judging import MARK, known_answers  # noqa: E402
 from slm_export.learning.places import place  # noqa: E402
 from slm_export.learning.problems import Problems, part, read_problems  # noqa: E402
-from slm_export.learning.reason import Lessons, child_of, collect, lessons, tune  # noqa: E402
 from slm_export.learning.reason_settings import Reasoning  # noqa: E402
 from slm_export.learning.scoring import Score, score  # noqa: E402
 from slm_export.learning.settings import Training  # noqa: E402
 from slm_export.learning.traces import Trace  # noqa: E402
+from slm_export.learning.tuning import Lessons, child_of, collect, lessons, tune  # noqa: E402
 from slm_export.progress import Progress  # noqa: E402
 
 LENGTH, MOST = 96, 80
@@ -129,9 +129,9 @@ def traces_of(
         # Ports differ from run to run.
         teacher.identity = {**teacher.identity, "endpoint": "loopback"}
         tokenizer = child_of(child).tokenizer
-        selection, own = collect(teacher, problems, known_answers, settings, tokenizer, progress)
+        made = collect(teacher, problems, known_answers, settings, tokenizer, progress)
         running.shutdown()
-    return lessons(selection.traces, tokenizer, LENGTH), own
+    return lessons(made.selection.traces, tokenizer, LENGTH), made.score
 
 
 def tuned(

@@ -38,6 +38,14 @@ def completion_ids(tokenizer: SourceTokenizer, problem: str, solution: str) -> l
     return [*ids, stops[0]] if stops else ids
 
 
+def whole_text(tokenizer: SourceTokenizer, problem: str, solution: str) -> str:
+    """Return a problem with its solution as the model reads them, as text."""
+    if tokenizer.chat_template is None:
+        return PLAIN.format(problem=problem) + solution
+    messages = [*_messages(problem, None), {"role": "assistant", "content": solution}]
+    return _chat(tokenizer, messages, answer=False)
+
+
 def _messages(problem: str, instruction: str | None) -> list[dict[str, str]]:
     content = problem if instruction is None else f"{instruction}\n\n{problem}"
     return [{"role": "user", "content": content}]

@@ -58,6 +58,8 @@ class Checker:
         """
         self.words = _resolved(command)
         self.limits = limits or Limits()
+        self.last_words = ""
+        """The last line that it wrote on standard error when it was last asked."""
         self.network_is_off = self._run(["true"], "", namespaces=True)[0] == 0
         """Whether checks run without network; False where the system has no namespaces or refuses them."""
 
@@ -69,7 +71,7 @@ class Checker:
             "solution": solution,
             "given": answer_in(solution),
         }
-        code, _ = self._run(self.words, json.dumps(given), namespaces=self.network_is_off)
+        code, self.last_words = self._run(self.words, json.dumps(given), namespaces=self.network_is_off)
         if code in (0, 1):
             return None if code == 0 else "wrong"
         return _ending(code)

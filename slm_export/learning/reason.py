@@ -1,182 +1,238 @@
-"""Tuning on reasoning: a teacher solves problems step by step, and a child learns from what proves right.
-
-Rejection sampling as in STaR (Zelikman et al. 2022) and its kin, with a teacher in the place of the model itself:
-solutions are judged by their answer alone, wrong, duplicate and leaked ones are rejected, and the child is tuned on the
-rest with the loss on the solution, not on the problem. Held-out problems, which the teacher's solutions may not
-mention, are solved by the child before and after.
-"""
+"""``slm-export reason``: a teacher writes step-by-step solutions, and a child is tuned on those that prove right."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slm_export.bundles.bundle import staged
+from slm_export.bundles.checksums import sha256_file
+from slm_export.driver import versions
 from slm_export.errors import InputError
-from slm_export.learning import models
-from slm_export.learning.adapters import low_rank
-from slm_export.learning.asked import ask
-from slm_export.learning.chats import completion_ids, prompt_ids
-from slm_export.learning.judging import Judge
-from slm_export.learning.models import Model
-from slm_export.learning.places import Place
-from slm_export.learning.problems import Leaks, Problem, Problems
+from slm_export.learning import finishing
+from slm_export.learning.chats import whole_text
+from slm_export.learning.checker import Checker, Limits
+from slm_export.learning.endpoint import Endpoint, is_url
+from slm_export.learning.judging import Judge, known_answers
+from slm_export.learning.local_teacher import LocalTeacher
+from slm_export.learning.models import Model, load, save
+from slm_export.learning.outcome import Outcome, Row, write_outcome
+from slm_export.learning.places import place
+from slm_export.learning.problems import Problems, joined, part, read_problems
+from slm_export.learning.processes import world
 from slm_export.learning.reason_settings import Reasoning
-from slm_export.learning.scoring import Score, score
+from slm_export.learning.scoring import Score
 from slm_export.learning.teaching import ReasoningTeacher
-from slm_export.learning.traces import Selection, Trace, select
-from slm_export.learning.trainer import IGNORED, Curve, Example, causal_loss, train
+from slm_export.learning.traces import Selection, Trace
+from slm_export.learning.tuning import Collected, Lessons, child_of, collect, lessons, scored_once, tune
 from slm_export.progress import Progress
-from slm_export.source.tasks import GENERATION
-from slm_export.tokenization.tokenizer import SourceTokenizer
+from slm_export.source.hub import find_model
+from slm_export.source.licences import licence_of
+from slm_export.source.provenance import source_sha256
+
+TRACES = "traces.jsonl"
+"""In the child's folder: what it was tuned on."""
+HELD_OUT = "held_out.jsonl"
+"""In the child's folder: the problems that it was scored on."""
 
 
 @dataclass(frozen=True)
-class Lessons:
-    """What a child is tuned on."""
+class Request:
+    """What the command line asks for."""
 
-    examples: tuple[Example, ...]
-    traces: tuple[Trace, ...]
-    too_long: int
-    """Traces that do not fit the length of an example, and were left out."""
+    teacher: str
+    """A URL, a folder, or the name of a model on the hub."""
+    model: str
+    problems: Path
+    out: Path
+    held_out: Path | None = None
+    """Problems to judge by; None: a part of ``problems``."""
+    held_out_count: int | None = None
+    checker: str | None = None
+    """A command that judges; None: the known answers do."""
+    checker_limits: Limits = field(default_factory=Limits)
+    teacher_model: str | None = None
+    """Its name behind an endpoint; None: the only one there."""
+    temperature: float = 0.7
+    max_tokens: int = 1024
+    timeout_s: float = 120.0
+    at_once: int = 4
+    data_licence: str | None = None
+    settings: Reasoning = field(default_factory=Reasoning)
+    force: bool = False
 
-    @property
-    def sha256(self) -> str:
-        """Of the examples in their order."""
-        return hashlib.sha256(json.dumps([dict(example) for example in self.examples]).encode()).hexdigest()
 
-
-def collect(
-    teacher: ReasoningTeacher,
-    problems: Problems,
-    judge: Judge,
-    settings: Reasoning,
-    tokenizer: SourceTokenizer,
-    progress: Progress,
-) -> tuple[Selection, Score]:
-    """Ask the teacher, and judge what it wrote; also how many of the held-out problems it solves itself.
+def reason(request: Request, progress: Progress) -> tuple[Outcome, Path]:
+    """Tune a child, and put it in its place; nothing is left there unless all went well.
 
     Raises:
-        InputError, MachineError: as of the teacher; or nothing that it wrote can be learned from.
+        SlmExportError: whatever a user can cause or mend.
     """
-    solutions = ask(teacher, problems.training, settings.samples, settings.training.seed, progress)
-    with progress.stage("judge the solutions", total=len(solutions)) as stage:
-        length = (lambda text: len(tokenizer.encode(text))) if settings.shortest else None
-        selection = select(
-            problems.training, solutions, judge, Leaks(problems.held_out), stage.advance, length
-        )
-    if not selection.traces:
-        why = ", ".join(f"{count} {reason}" for reason, count in sorted(selection.rejected.items()))
-        words = getattr(judge, "last_words", "")
-        said = f"; the checker's last words: {words}" if words else ""
+    began = time.monotonic()
+    _refuse_many_processes()
+    problems = _problems(request)
+    judge = _judge(request, problems)
+    folder = find_model(request.model, None)
+    with staged(request.out, request.force) as staging:
+        with progress.stage("read the child"):
+            child = child_of(folder)
+            _refuse_long(child, request)
+        teacher = _teacher(request)
+        given = collect(teacher, problems, judge, request.settings, child.tokenizer, progress)
+        taught = lessons(given.selection.traces, child.tokenizer, request.settings.training.length)
+        with place(_key(request, folder, problems, taught, judge)) as work:
+            settings = request.settings
+            before = scored_once(work, "before", child, problems.held_out, judge, settings, progress)
+            curve = tune(child, taught, settings, work, progress)
+            save(child, staging.path)
+            after = scored_once(
+                work, "after", load(staging.path), problems.held_out, judge, settings, progress
+            )
+            _write_beside(child, problems, given, taught, folder, staging.path)
+            rows = _rows(child, given.score, before, after)
+            outcome = Outcome(
+                by="reason",
+                model=request.out.resolve().name,
+                rows=rows,
+                curves={"reason": curve},
+                settings=_settings(request, judge),
+                data={
+                    **given.selection.as_json(),
+                    "too_long": taught.too_long,
+                    "examples": len(taught.examples),
+                },
+                held_out=_held_out(problems, given.score, before, after),
+                lineage=_lineage(folder, teacher, request),
+                licence=licence_of(folder),
+                data_licence=request.data_licence,
+                notes=_notes(given.selection, taught, judge),
+                seconds=time.monotonic() - began,
+                toolchain=versions(finishing.TOOLS),
+            )
+            write_outcome(outcome, staging.path)
+            out = staging.commit()
+            work.done()
+    return outcome, out
+
+
+def _refuse_many_processes() -> None:
+    if world() > 1:
         raise InputError(
-            f"none of the teacher's {selection.asked} solutions can be learned from ({why}){said}; see that it ends "
-            "them with a line `Answer: ...`, and that the known answers are right"
+            "reason runs in one process: every process would ask the teacher, and generate, for itself; start it "
+            "without torchrun (distil and adapt can be shared)"
         )
-    tested = ask(teacher, problems.held_out, 1, settings.training.seed, progress)
-    return selection, _teacher_score(
-        problems.held_out, {key: made.text for (key, _), made in tested.items()}, judge
+
+
+def _problems(request: Request) -> Problems:
+    needed = request.checker is None
+    read = read_problems(request.problems, answers_needed=needed)
+    if request.held_out is None:
+        return part(read, request.held_out_count)
+    if request.held_out_count is not None:
+        raise InputError("give --held-out FILE or --held-out-problems N, not both")
+    return joined(read, read_problems(request.held_out, answers_needed=needed))
+
+
+def _judge(request: Request, problems: Problems) -> Judge:
+    if request.checker is None:
+        return known_answers
+    checker = Checker(request.checker, request.checker_limits)
+    checker.try_out(problems.training[0])
+    return checker
+
+
+def _teacher(request: Request) -> ReasoningTeacher:
+    how: dict[str, Any] = {"temperature": request.temperature, "max_tokens": request.max_tokens}
+    if is_url(request.teacher):
+        return Endpoint(
+            request.teacher,
+            request.teacher_model,
+            timeout_s=request.timeout_s,
+            at_once=request.at_once,
+            **how,
+        )
+    if request.teacher_model is not None:
+        raise InputError("--teacher-model names a model behind an endpoint, and the teacher is a folder")
+    return LocalTeacher(find_model(request.teacher, None), **how)
+
+
+def _refuse_long(child: Model, request: Request) -> None:
+    length = request.settings.training.length
+    if child.positions is not None and length > child.positions:
+        raise InputError(
+            f"--length {length} is longer than the {child.positions} positions of {child.folder.name}"
+        )
+
+
+def _key(request: Request, folder: Path, problems: Problems, taught: Lessons, judge: Judge) -> dict[str, Any]:
+    """Return what decides the result, from the tuning on; what the teacher said is in the lessons."""
+    return {
+        "what": "reason",
+        "child": source_sha256(folder),
+        "lessons": taught.sha256,
+        "held_out": [(problem.text, problem.answer) for problem in problems.held_out],
+        "checker": judge.words if isinstance(judge, Checker) else None,
+        "settings": request.settings.recorded(),
+    }
+
+
+def _rows(child: Model, teacher: Score, before: Score, after: Score) -> tuple[Row, ...]:
+    return (
+        Row("teacher", None, {"accuracy": teacher.accuracy}),
+        Row("child before", child.parameters, {"accuracy": before.accuracy}),
+        Row("child after", child.parameters, {"accuracy": after.accuracy}),
     )
 
 
-def lessons(traces: Sequence[Trace], tokenizer: SourceTokenizer, length: int) -> Lessons:
-    """Return traces as examples of at most ``length`` tokens, the loss on the solution alone.
-
-    Raises:
-        InputError: all of them are longer.
-    """
-    examples: list[Example] = []
-    kept: list[Trace] = []
-    for trace in traces:
-        prompt = prompt_ids(tokenizer, trace.problem.text)
-        completion = completion_ids(tokenizer, trace.problem.text, trace.solution)
-        if len(prompt) + len(completion) <= length:
-            labels = [IGNORED] * len(prompt) + completion
-            examples.append({"input_ids": prompt + completion, "labels": labels})
-            kept.append(trace)
-    if not kept:
-        raise InputError(
-            f"all {len(traces)} solutions are longer than {length} tokens with their problem; raise --length, or ask "
-            "the teacher for shorter ones"
-        )
-    return Lessons(tuple(examples), tuple(kept), len(traces) - len(kept))
+def _write_beside(
+    child: Model, problems: Problems, given: Collected, taught: Lessons, folder: Path, out: Path
+) -> None:
+    """Write what the child learned from, what it was scored on, and text to judge its exports by."""
+    finishing.write_rows(taught.rows, out / TRACES)
+    rows = ({"problem": problem.text, "answer": problem.answer} for problem in problems.held_out)
+    finishing.write_rows(rows, out / HELD_OUT)
+    shown = given.held_out or [Trace(problem, problem.answer or "") for problem in problems.held_out]
+    texts = [whole_text(child.tokenizer, each.problem.text, each.solution) for each in shown]
+    # One document: each alone is shorter than what a figure can be told of.
+    finishing.write_beside(["\n\n".join(texts)], folder, out)
 
 
-def tune(model: Model, taught: Lessons, settings: Reasoning, place: Place, progress: Progress) -> Curve:
-    """Tune a model on lessons in place, whole or by adapters that are merged then."""
-    with low_rank(model.module, settings.low_rank, settings.training.seed) as (learner, merge):
-        curve = train(
-            learner,
-            taught.examples,
-            causal_loss,
-            settings.training,
-            place,
-            progress,
-            pad_id=model.tokenizer.pad_id,
-            name="tune the child",
-        )
-        merge()
-    return curve
+def _settings(request: Request, judge: Judge) -> dict[str, Any]:
+    made: dict[str, Any] = {**request.settings.recorded(), "temperature": request.temperature}
+    if isinstance(judge, Checker):
+        limits = vars(judge.limits)
+        made["checker"] = {"command": request.checker, "network_is_off": judge.network_is_off, **limits}
+    return made
 
 
-def scored_once(
-    place: Place,
-    name: str,
-    model: Model,
-    problems: Sequence[Problem],
-    judge: Judge,
-    settings: Reasoning,
-    progress: Progress,
-) -> Score:
-    """Score a model, unless a run that was killed has done so."""
-    kept = place.folder / f"{name}.json"
-    if kept.is_file():
-        return Score(**json.loads(kept.read_text(encoding="utf-8")))
-    found = score(model, problems, judge, settings.answer_tokens, progress, f"score the child {name}")
-    part = kept.with_suffix(".part")
-    part.write_text(json.dumps(vars(found)), encoding="utf-8")
-    part.replace(kept)
-    return found
-
-
-def child_of(folder: Path) -> Model:
-    """Load the model that is to learn; InputError where it does not generate text."""
-    model = models.load(folder)
-    if model.task != GENERATION:
-        raise InputError(
-            f"{folder}: a model for {model.task}; only one that generates text can learn to reason"
-        )
-    return model
-
-
-def write_traces(taught: Lessons, path: Path) -> None:
-    """Write what the child was tuned on as JSONL: problem, answer, solution."""
-    with path.open("w", encoding="utf-8") as file:
-        for trace in taught.traces:
-            row = {
-                "problem": trace.problem.text,
-                "answer": trace.problem.answer,
-                "solution": trace.solution,
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _teacher_score(problems: Sequence[Problem], solutions: Mapping[str, str], judge: Judge) -> Score:
-    rejected: dict[str, int] = {}
-    for problem in problems:
-        reason = judge(problem, solutions[problem.key])
-        if reason is not None:
-            rejected[reason] = rejected.get(reason, 0) + 1
-    return Score(len(problems) - sum(rejected.values()), len(problems), rejected)
-
-
-def facts(problems: Problems, selection: Selection, taught: Lessons) -> dict[str, Any]:
-    """Return what is recorded of problems and solutions."""
+def _held_out(problems: Problems, teacher: Score, before: Score, after: Score) -> dict[str, Any]:
+    scores = {"teacher": teacher, "child before": before, "child after": after}
     return {
-        "problems": {"training": len(problems.training), "held_out": len(problems.held_out)},
-        "solutions": {**selection.as_json(), "too_long": taught.too_long, "learned_from": len(taught.traces)},
-        "examples_sha256": taught.sha256,
+        "problems": len(problems.held_out),
+        "training_problems": len(problems.training),
+        "scores": {name: each.as_json() for name, each in scores.items()},
     }
+
+
+def _lineage(folder: Path, teacher: ReasoningTeacher, request: Request) -> dict[str, Any]:
+    return {
+        "teacher": dict(teacher.identity),
+        "student": {"name": folder.resolve().name, "sha256": source_sha256(folder)},
+        "problems": {"name": request.problems.name, "sha256": sha256_file(request.problems)},
+    }
+
+
+def _notes(selection: Selection, taught: Lessons, judge: Judge) -> tuple[str, ...]:
+    rejected = ", ".join(f"{count} {why}" for why, count in sorted(selection.rejected.items())) or "none"
+    notes = [
+        f"of {selection.asked:,} solutions {len(taught.traces):,} are learned from; rejected: {rejected}",
+        f"{selection.unsolved:,} problems without a right solution" if selection.unsolved else "",
+        f"{taught.too_long:,} solutions are longer than --length and were left out"
+        if taught.too_long
+        else "",
+    ]
+    if isinstance(judge, Checker) and not judge.network_is_off:
+        notes.append("this system gives no namespaces: the checker ran with the network on")
+    return tuple(note for note in notes if note)

@@ -1,0 +1,45 @@
+"""What ``reason`` does, and how its outcome is shown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slm_export.commands.learning import exported, show_outcome
+from slm_export.commands.terminal import working
+
+
+def reason_command(asked: dict[str, Any], as_json: bool) -> None:
+    """Tune on reasoning, show the scores, then export what was asked for."""
+    exports = asked.pop("exports")
+    with working() as progress:
+        from slm_export.compilation import make_plan
+        from slm_export.learning.reason import reason
+
+        request = _request(asked)
+        plans = [make_plan(made) for made in exported(request.out, exports, request.force)]
+        for plan in plans:
+            plan.ready()
+        outcome, out = reason(request, progress)
+        show_outcome(outcome, out, plans, progress, as_json)
+
+
+def _request(asked: dict[str, Any]) -> Any:
+    from slm_export.budget.budget import parse_bytes
+    from slm_export.learning.checker import Limits
+    from slm_export.learning.reason import Request
+    from slm_export.learning.reason_settings import Reasoning
+    from slm_export.learning.settings import Training
+
+    loop = ("steps", "batch", "together", "length", "rate", "schedule", "seed")
+    settings = Reasoning(
+        training=Training(**{name: asked.pop(name) for name in loop}),
+        samples=asked.pop("samples"),
+        shortest=asked.pop("shortest"),
+        answer_tokens=asked.pop("answer_tokens"),
+        low_rank=asked.pop("low_rank") or 0,
+    )
+    limits = Limits(
+        seconds=asked.pop("checker_seconds"),
+        memory=parse_bytes(asked.pop("checker_memory"), "--checker-memory"),
+    )
+    return Request(settings=settings, checker_limits=limits, **asked)
