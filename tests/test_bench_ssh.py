@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,10 +43,13 @@ def subject(tmp_path: Path, pycode: Path) -> Subject:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left() -> Iterator[None]:
-    before = set(Path("/tmp").glob("slm-export-*/measure.sh"))
+def _nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What these tests put on the board is gone; others may be at work in the same folder."""
+    drawn: list[uuid.UUID] = []
+    draw = uuid.uuid4
+    monkeypatch.setattr(uuid, "uuid4", lambda: drawn.append(draw()) or drawn[-1])
     yield
-    assert set(Path("/tmp").glob("slm-export-*/measure.sh")) <= before
+    assert not [left for one in drawn for left in Path("/tmp").glob(f"slm-export-{one.hex[:12]}/measure.sh")]
 
 
 @needs_sshd
