@@ -52,6 +52,13 @@ RECIPES: Mapping[str, tuple[Step, ...]] = {
     "gptq as published": (("gptq", {"rounds": 0}),),
     "gptq": (("gptq", {}),),
     "gptq, group 128": (("gptq", {"group": 128}),),
+    "learned-rounding": (("learned-rounding", {}),),
+    "awq, search": (("awq", {}), ("group-quantize", {})),
+    "awq, gptq": (("awq", {}), ("gptq", {})),
+    "rotate, search": (("rotate", {"stream": False}), ("group-quantize", {})),
+    "rotate, gptq": (("rotate", {"stream": False}), ("gptq", {})),
+    "rotate, gptq, untied": (("rotate", {"untie": True}), ("gptq", {})),
+    "gptq, recover": (("gptq", {}), ("recover", {})),
 }
 
 
