@@ -64,7 +64,7 @@ def arguments(training: Training, folder: Path) -> TrainingArguments:
     )
 
 
-class Loop(Trainer):
+class Loop(Trainer):  # type: ignore[misc]  # transformers has no types
     """The Trainer with a loss that is a plain callable, in an order that is settled."""
 
     def __init__(self, loss: Callable[..., Tensor], teaching: Any, **options: Any) -> None:
@@ -94,7 +94,7 @@ class Loop(Trainer):
         """Bring the weights of all processes together in the module; nothing to do in a single one."""
 
 
-class Manners(TrainerCallback):
+class Manners(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """Tells of every step, and marks checkpoints that are complete."""
 
     def __init__(self, teaching: Any, mark_complete: Callable[[Path], None]) -> None:

@@ -57,8 +57,10 @@ class Place:
 
 
 @contextmanager
-def place(key: Mapping[str, Any]) -> Iterator[Place]:
+def place(key: Mapping[str, Any], *, alone: bool = True) -> Iterator[Place]:
     """Yield the folder of the work that ``key`` decides, JSON values.
+
+    Given   alone: False where several processes may be at the same work, because every file of it appears whole
 
     Raises:
         InputError: another process is at the same work.
@@ -71,14 +73,14 @@ def place(key: Mapping[str, Any]) -> Iterator[Place]:
         if rank() == 0:
             _remove_forgotten(root, name)
         held = Held(root / name)
-        alone = _alone(held.folder) if rank() == 0 else None
+        lock = _alone(held.folder) if alone and rank() == 0 else None
         made = Place(held.folder)
         try:
             os.utime(held.folder)
             yield made
         finally:
-            if alone is not None:
-                os.close(alone)
+            if lock is not None:
+                os.close(lock)
             held.leave(remove=made.is_done and rank() == 0)
 
 

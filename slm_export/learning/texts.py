@@ -198,7 +198,8 @@ def _disjoint(documents: Sequence[Document], share: float) -> tuple[set[int], in
     ranked = sorted(range(len(documents)), key=lambda i: hashlib.sha256(documents[i].text.encode()).digest())
     wanted = share * sum(len(document.text) for document in documents)
     # Twice as many as needed are tried, and of a small text all, because some will clash.
-    candidates, room = [], 2 * wanted
+    candidates: list[int] = []
+    room = 2 * wanted
     for index in ranked:
         if room <= 0 and len(candidates) >= _TRIED:
             break

@@ -62,3 +62,9 @@ def sentences(documents: Sequence[Document], tokenizer: SourceTokenizer, length:
     if not made:
         raise InputError("the text has no paragraph with a token; give a longer text")
     return made
+
+
+def spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """Return so many examples, evenly from all."""
+    step = max(1, len(examples) // count)
+    return list(examples[::step][:count])

@@ -1,0 +1,92 @@
+"""How the commands that teach show what came of it, and export it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from slm_export.commands.terminal import print_json, stdout
+from slm_export.reports.words import printable, seconds
+
+if TYPE_CHECKING:
+    from slm_export.compilation import Plan, Request
+    from slm_export.learning.outcome import Outcome
+    from slm_export.progress import Progress
+    from slm_export.quantization_options import QuantizationOptions
+
+
+def exported(
+    out: Path, targets: Sequence[str], force: bool, quantization: QuantizationOptions | None = None
+) -> list[Request]:
+    """Return the requests for bundles OUT-TARGET of a model, judged on its own held-out text.
+
+    Given   quantization: the grid that it was trained on; None: the device's recipe
+    """
+    from slm_export.compilation import Request
+    from slm_export.learning.distil import HELD_OUT
+    from slm_export.quantization_options import QuantizationOptions
+
+    return [
+        Request(
+            model=str(out),
+            target=target,
+            out=out.with_name(f"{out.name}-{target}"),
+            eval_text=out / HELD_OUT,
+            quantization=quantization or QuantizationOptions(),
+            force=force,
+        )
+        for target in dict.fromkeys(targets)
+    ]
+
+
+def show_outcome(
+    outcome: Outcome, out: Path, plans: Sequence[Plan], progress: Progress, as_json: bool
+) -> None:
+    """Export what was planned, then print the outcome and every report."""
+    from slm_export import driver
+    from slm_export.learning.outcome import to_json
+    from slm_export.reports import report as reports
+
+    if not as_json:
+        print_outcome(stdout(), outcome, out, done=not plans)
+    made = [driver.export(plan, progress) for plan in plans]
+    if as_json:
+        exports: list[dict[str, Any]] = [
+            {**reports.to_json(report), "out": str(bundle)} for report, bundle in made
+        ]
+        print_json({**to_json(outcome), "out": str(out), "exports": exports})
+        return
+    for report, bundle in made:
+        stdout().print()
+        reports.print_report(stdout(), report, bundle)
+
+
+def print_outcome(console: Console, outcome: Outcome, out: Path, *, done: bool) -> None:
+    """Print the table of models on the held-out text."""
+    from slm_export.learning.outcome import table
+
+    console.print(Text(f"{printable(outcome.model)}: {outcome.by}, in {seconds(outcome.seconds)}", "bold"))
+    console.print()
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    rows = table(outcome.rows)
+    for _ in rows[0]:
+        grid.add_column(overflow="fold")
+    for row in rows:
+        grid.add_row(*(Text(("  " if not index else "") + printable(cell)) for index, cell in enumerate(row)))
+    console.print(grid)
+    for note in outcome.notes:
+        console.print(Text(f"  {printable(note)}", "dim"))
+    if done:
+        place = shlex.quote(str(out))
+        console.print()
+        console.print(Text("Next", "bold"))
+        console.print(
+            Text(f"  slm-export {place} --target android --eval-text {place}/held_out.txt", "cyan"),
+            soft_wrap=True,
+        )
