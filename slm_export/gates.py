@@ -42,6 +42,8 @@ class Gates(BaseModel):
     # the artifact against torch with the same weight codes and activation quantization
     max_lowering_kl_mean: float | None = Field(default=None, gt=0)
     max_lowering_max_abs: float | None = Field(default=None, gt=0)
+    # decoders: the same two behind prompts that are read at once, turn after turn; the worst place
+    max_prompt_kl_max: float | None = Field(default=None, gt=0)
     # passes: codes against the numbers they stand for, in steps of the grid
     max_rounding_steps: float | None = Field(default=None, gt=0)
     max_rounding_bias: float | None = Field(default=None, gt=0)

@@ -88,6 +88,8 @@ class TokenQuality:
     quantization_kl_mean: float | None = None
     lowering_kl_mean: float | None = None
     lowering_max_abs: float | None = None
+    prompt_kl_max: float | None = None
+    """From torch with the artifact's weights and rounding to the artifact, behind the worst of some prompts."""
     greedy_tokens: int = 0
     greedy_agreement: float | None = None
     greedy_first_difference: int | None = None

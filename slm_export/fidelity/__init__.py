@@ -1,6 +1,7 @@
 """Is what was emitted as good as its source? Judged on the emitted file, in its own runtime.
 
     tokens      a decoder on held-out text: KL divergence, top-1 agreement, perplexity
+    prompts     a decoder that reads prompts at once, turn by turn: the worst place
     greedy      a decoder's own long text: does it stop, loop or wander where the source would not
     encoders    embeddings and class scores over varied sentences
     vocabularies how a text is read by an artifact that has fewer tokens than its source

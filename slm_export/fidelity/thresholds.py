@@ -12,6 +12,8 @@ from slm_export.source.tasks import EMBEDDING, GENERATION
 
 # Lowering: activations are rounded to int8 on both sides. Where a value lies on the edge of a step the two may
 # round apart, and the difference spreads; so this is a small fraction of what the rounding itself costs, not 0.
+# Prompts: behind the worst of some forty turns, good artifacts were off by up to 0.002 nats, those that lose or
+# misplace a token by 0.6 and more.
 _DECODER = {
     4: Gates(
         max_kl_mean=0.15,
@@ -19,6 +21,7 @@ _DECODER = {
         max_perplexity_ratio=1.15,
         min_greedy_agreement=0.75,
         max_lowering_kl_mean=0.01,
+        max_prompt_kl_max=0.1,
         min_tokenizer_agreement=0.9,
     ),
     8: Gates(
@@ -27,6 +30,7 @@ _DECODER = {
         max_perplexity_ratio=1.02,
         min_greedy_agreement=0.90,
         max_lowering_kl_mean=0.01,
+        max_prompt_kl_max=0.1,
         min_tokenizer_agreement=0.9,
     ),
     16: Gates(
@@ -35,6 +39,7 @@ _DECODER = {
         max_perplexity_ratio=1.005,
         min_greedy_agreement=0.97,
         max_lowering_kl_mean=0.001,
+        max_prompt_kl_max=0.01,
         min_tokenizer_agreement=0.9,
     ),
 }

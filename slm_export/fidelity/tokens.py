@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from slm_export.fidelity import examples
 from slm_export.fidelity.greedy import Greedy, judge_greedy
 from slm_export.fidelity.judging import checks_of
+from slm_export.fidelity.prompts import Prompts, judge_prompts
 from slm_export.fidelity.references import References
 from slm_export.fidelity.vocabularies import FewerTokens, Passage, Vocabularies, Window
 from slm_export.gates import Gates
@@ -103,8 +104,10 @@ def judge_decoder(
                 both.artifact,
             )
             advance(len(passage.artifact), "the artifact reads")
+    advance(0, "the artifact reads prompts")
+    prompts = judge_prompts(lowered, session, passages, both.artifact, TOKENS)
     greedy = judge_greedy(references.source_model, session, both, passages, advance)
-    quality = _quality(sums, greedy, both)
+    quality = _quality(sums, prompts, greedy, both)
     details = {
         "kl_mean": sums.worst,
         "kl_p99": sums.worst,
@@ -113,6 +116,7 @@ def judge_decoder(
         "perplexity_ratio": f"perplexity {quality.perplexity:.4g} where the source has {quality.source_perplexity:.4g}",
         "lowering_kl_mean": sums.worst_lowering,
         "lowering_max_abs": sums.worst_lowering,
+        "prompt_kl_max": prompts.detail,
         "greedy_agreement": greedy.detail,
     }
     return quality, (*checks_of(quality, gates, details), *greedy.checks)
@@ -220,7 +224,7 @@ def _text(tokenizer: SourceTokenizer, window: Window) -> str:
     return repr(tokenizer.decode(window[-12:]))
 
 
-def _quality(sums: _Sums, greedy: Greedy, both: Vocabularies) -> TokenQuality:
+def _quality(sums: _Sums, prompts: Prompts, greedy: Greedy, both: Vocabularies) -> TokenQuality:
     kl, scored = torch.cat(sums.kl), torch.cat(sums.source_nll)
     source_nll, nll = scored.mean().item(), torch.cat(sums.nll).sum().item() / scored.numel()
     fewer = isinstance(both, FewerTokens)
@@ -236,6 +240,7 @@ def _quality(sums: _Sums, greedy: Greedy, both: Vocabularies) -> TokenQuality:
         quantization_kl_mean=torch.cat(sums.quantization_kl).mean().item(),
         lowering_kl_mean=torch.cat(sums.lowering_kl).mean().item(),
         lowering_max_abs=sums.lowering_max,
+        prompt_kl_max=prompts.kl_max,
         greedy_tokens=greedy.tokens,
         greedy_agreement=greedy.agreement,
         greedy_first_difference=greedy.first_difference,

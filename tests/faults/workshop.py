@@ -19,7 +19,7 @@ from slm_export.errors import SlmExportError
 from slm_export.evaltext import load_documents
 from slm_export.fidelity import References, default_gates, exactness, tokens
 from slm_export.fidelity.steps import judge_steps
-from slm_export.judge import Subject, judge_artifact
+from slm_export.judge import Subject, judge_artifact, self_check
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.parity import judge_codes, quantized_weights
 from slm_export.progress import Progress
@@ -32,6 +32,7 @@ from slm_export.tokenization.tokenizer import SourceTokenizer
 
 CONTEXT = 512
 _OF_GRAPHS = ("rotary embedding", "attention", "norm", "activation", "KV cache")
+_OF_ITSELF = ("tokenizer", "stop tokens", "metadata")
 TOKENS = 1024
 """Of held-out text: a quarter of what an export is judged on, so that a hundred exports end within the hour."""
 
@@ -116,6 +117,8 @@ class Workshop:
             gates,
             CONTEXT,
         )
+        if fault.kind in _OF_ITSELF and (said := _failed(self_check(subject).checks)):
+            return Caught(said)
         with patch.object(tokens, "TOKENS", TOKENS), patch.object(judge, "TOKENS", TOKENS):
             judged = judge_artifact(subject, planted.references, Progress(silent=True))
         return Caught(_failed(judged.checks))

@@ -18,6 +18,7 @@ _TITLES: Mapping[str, str] = {
     "greedy_agreement": "Long texts of its own, as the source would write them",
     "lowering_kl_mean": "Loss by lowering, mean divergence",
     "lowering_max_abs": "Loss by lowering, largest difference of logits",
+    "prompt_kl_max": "Prompts read at once, turn by turn, largest divergence",
     "degeneration": "No loop that the source would not enter",
     "stopping": "Stops where the source would",
     "codes": "Integers in the file are the checkpoint's",
