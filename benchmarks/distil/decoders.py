@@ -46,7 +46,7 @@ from slm_export.optimizers.group_quantize import quantize  # noqa: E402
 from slm_export.progress import Progress  # noqa: E402
 from slm_export.source.load import load_checkpoint  # noqa: E402
 
-SHAPE = "layers=0.5,neurons=0.75"
+SHAPE = "layers=0.5,neurons=0.667"
 LENGTH = 256
 
 
