@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from slm_export import options, options_learning, options_reason
+from slm_export import options, options_adapt, options_learning, options_reason
 
 
 @click.command()
@@ -47,4 +47,22 @@ def reason(as_json: bool, **asked: Any) -> None:
     reason_command(asked, as_json)
 
 
-LEARNING = (distil, reason)
+@click.command()
+@click.argument("model")
+@options_adapt.adapt
+@options_learning.loop
+@options_learning.result
+@options.OFFLINE
+@options.JSON
+def adapt(as_json: bool, **asked: Any) -> None:
+    """Teach MODEL a domain from plain text (--data), or a task from labelled examples (--task with --labels).
+
+    Plain text teaches by itself: a decoder the next token, an encoder hidden ones. MODEL is measured before and after
+    on what it did not learn from (docs/distillation.md).
+    """
+    from slm_export.commands.adapt import adapt_command
+
+    adapt_command(asked, as_json)
+
+
+LEARNING = (distil, adapt, reason)

@@ -7,17 +7,21 @@ from typing import Any
 from slm_export.tokenization.templates import render_chat
 from slm_export.tokenization.tokenizer import SourceTokenizer
 
-PLAIN = "Problem: {problem}\nSolution:\n"
+_PLACE = "{problem}"
+PLAIN = f"Problem: {_PLACE}\nSolution:\n"
 
 
-def prompt_ids(tokenizer: SourceTokenizer, problem: str, instruction: str | None = None) -> list[int]:
+def prompt_ids(
+    tokenizer: SourceTokenizer, problem: str, instruction: str | None = None, plain: str = PLAIN
+) -> list[int]:
     """Return the ids behind which an answer begins.
 
     Given   instruction: put before the problem in a chat; a model without a template was never taught to follow one
+            plain: how the problem is written without a template
     """
     if tokenizer.chat_template is None:
         before, _ = tokenizer.template
-        return [*before, *tokenizer.encode(PLAIN.format(problem=problem))]
+        return [*before, *tokenizer.encode(plain.replace(_PLACE, problem))]
     text = _chat(tokenizer, _messages(problem, instruction), answer=True)
     return tokenizer.encode(text)
 
@@ -38,10 +42,10 @@ def completion_ids(tokenizer: SourceTokenizer, problem: str, solution: str) -> l
     return [*ids, stops[0]] if stops else ids
 
 
-def whole_text(tokenizer: SourceTokenizer, problem: str, solution: str) -> str:
+def whole_text(tokenizer: SourceTokenizer, problem: str, solution: str, plain: str = PLAIN) -> str:
     """Return a problem with its solution as the model reads them, as text."""
     if tokenizer.chat_template is None:
-        return PLAIN.format(problem=problem) + solution
+        return plain.replace(_PLACE, problem) + solution
     messages = [*_messages(problem, None), {"role": "assistant", "content": solution}]
     return _chat(tokenizer, messages, answer=False)
 
