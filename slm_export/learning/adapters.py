@@ -45,6 +45,7 @@ def low_rank(
         lora_dropout=0.0,
         target_modules="all-linear",
         modules_to_save=list(whole) or None,
+        exclude_modules=list(whole) or None,
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -60,4 +60,6 @@ def share(right: int, of: int) -> Interval:
     z, p = 1.959964, right / of
     middle = (p + z * z / (2 * of)) / (1 + z * z / of)
     half = z / (1 + z * z / of) * math.sqrt(p * (1 - p) / of + z * z / (4 * of * of))
-    return Interval(p, max(0.0, middle - half), min(1.0, middle + half))
+    # Where none or all are right the bound is 0 or 1, and rounding leaves it a hair beside.
+    low, high = 0.0 if right == 0 else middle - half, 1.0 if right == of else middle + half
+    return Interval(p, max(0.0, low), min(1.0, high))

@@ -151,9 +151,17 @@ def _nats(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def new_parts(module: nn.Module) -> tuple[str, ...]:
-    """Return the parts of a model that are not its body."""
+    """Return the names of the parts with weights that are not a model's body, and of a pooler in it."""
     prefix = str(getattr(module, "base_model_prefix", ""))
-    return tuple(name for name, _ in module.named_children() if name != prefix)
+    heads = [
+        name
+        for name, part in module.named_children()
+        if name != prefix and any(True for _ in part.parameters())
+    ]
+    return (
+        *heads,
+        *(["pooler"] if any(name.endswith(".pooler") for name, _ in module.named_modules()) else []),
+    )
 
 
 def _names(module: nn.Module) -> set[str]:
