@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from slm_export.bundles.checksums import sha256_file, size_of
 from slm_export.delegation import Delegation
@@ -242,6 +243,8 @@ class ModelFacts:
     context: int | None = None
     licence_texts: tuple[str, ...] = ()
     """Files of the bundle."""
+    learned: dict[str, Any] | None = None
+    """How slm-export taught it, where it did: `source.learned.Learned` as JSON values."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Literal
 from slm_export.bundles.checksums import FileEntry, scan, sha256_file
 from slm_export.bundles.manifest import MANIFEST, entries_of, read_manifest, read_raw, total_of
 from slm_export.errors import InputError
+from slm_export.source.learned import LEARNING
 
 # Left by file browsers that only looked at the folder.
 _LITTER = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
@@ -69,22 +70,23 @@ def _compare(folder: Path, entry: FileEntry) -> Problem | None:
 def strangers(folder: Path) -> str | None:
     """Say why ``folder`` must not be replaced, or return None: it is empty, or a bundle and nothing else.
 
-    Any schema version will do here. A file called manifest.json alone proves nothing (browser
+    A model that was taught here counts as one. Any schema version will do. A file called manifest.json alone proves nothing (browser
     extensions have one too), and a file that the user put beside the model is the user's.
     """
     plain, odd = scan(folder)
     if not plain and not odd:
         return None
-    if MANIFEST not in plain:
+    listing, holds = (MANIFEST, "artifacts") if MANIFEST in plain else (LEARNING, "learned")
+    if listing not in plain:
         return "it holds files, but no manifest.json of slm-export"
     try:
-        data = read_raw(folder / MANIFEST)
-        listed = {entry["path"] for entry in data["files"]} | {MANIFEST}
-        known = "schema" in data and "artifacts" in data
+        data = read_raw(folder / listing)
+        listed = {entry["path"] for entry in data["files"]} | {listing}
+        known = "schema" in data and holds in data
     except (InputError, KeyError, TypeError):
         known = False
     if not known:
-        return "its manifest.json is not one of slm-export"
+        return f"its {listing} is not one of slm-export"
     for path in (*plain, *odd):
         if path not in listed and Path(path).name not in _LITTER:
             return f"it also holds {path}, which is not of the bundle"

@@ -44,6 +44,8 @@ class ModelEntry(_Entry):
     source_bytes: int = Field(ge=0)
     licence: str | None = None
     context: int | None = None
+    learned: dict[str, Any] | None = None
+    """How slm-export taught it: teacher and child on the same held-out text, settings, licence of the text."""
 
 
 class CalibrationEntry(_Entry):

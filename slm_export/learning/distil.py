@@ -18,6 +18,7 @@ import torch
 from slm_export.bundles.bundle import staged
 from slm_export.driver import versions
 from slm_export.errors import InputError
+from slm_export.evaltext import load_documents, text_sha256
 from slm_export.learning import students
 from slm_export.learning.distil_decoder import DecoderLesson
 from slm_export.learning.distil_encoder import EncoderLesson
@@ -127,7 +128,8 @@ def distil(request: Request, progress: Progress) -> tuple[Outcome, Path]:
             curves={"distil": curve},
             settings=settings.recorded(),
             data=_data(texts, parts.training, lesson.training),
-            held_out=_data(given, parts.held_out, lesson.held_out),
+            held_out=_data(given, parts.held_out, lesson.held_out)
+            | {"export_sha256": text_sha256(load_documents(staging.path / HELD_OUT))},
             lineage=_lineage(folder, request, before),
             licence=licence_of(folder),
             data_licence=request.data_licence,

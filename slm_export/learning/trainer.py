@@ -233,12 +233,15 @@ def _quiet() -> Iterator[None]:
     """Keep transformers from speaking between our lines."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 class Teaching:
@@ -274,8 +277,8 @@ class Teaching:
         """Take note of a batch; InputError where its loss is not finite."""
         if not bool(torch.isfinite(loss)):
             raise InputError(
-                f"the loss is {float(loss):g} in step {self._done + 1}: training has diverged; lower the learning rate "
-                f"(it is {self.training.rate:g})"
+                f"the loss is {float(loss.detach()):g} in step {self._done + 1}: training has diverged; lower the "
+                f"learning rate (it is {self.training.rate:g})"
             )
         self._loss = loss.detach()
         self._tokens += int(batch["attention_mask"].sum()) * world()

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slm_export.reports import words
+from slm_export.reports.taught import taught_notes, taught_rows
 from slm_export.results import FormatResult, Report
 from slm_export.source.tasks import GENERATION
 
@@ -93,6 +94,7 @@ def print_report(console: Console, report: Report, out: Path) -> None:
     console.print(
         _line(f"for {report.device_title} ({report.target}), in {words.seconds(report.seconds)}", "")
     )
+    _print_taught(console, report)
     _print_sizes(console, report)
     _print_passes(console, report)
     for result in report.formats:
@@ -134,6 +136,14 @@ def _rows(console: Console, rows: list[tuple[str, ...]], right: frozenset[int] =
 
 def _style(cell: str) -> str:
     return {"pass": "green", "FAIL": "bold red"}.get(cell, "")
+
+
+def _print_taught(console: Console, report: Report) -> None:
+    if rows := taught_rows(report):
+        _heading(console, "How it was taught")
+        _rows(console, rows)
+        for note in taught_notes(report):
+            console.print(_line(f"  {note}", "dim"))
 
 
 def _print_sizes(console: Console, report: Report) -> None:

@@ -13,6 +13,7 @@ from slm_export.errors import InputError
 from slm_export.results import ModelFacts
 from slm_export.runtime import ExportOptions
 from slm_export.source.card import front_matter, listed
+from slm_export.source.learned import learned_of
 from slm_export.source.licences import licence_of, licence_texts, licences_sha256
 from slm_export.source.tasks import CLASSIFICATION, GENERATION, TOKENS
 from slm_export.tokenization.tokenizer import SourceTokenizer
@@ -22,6 +23,7 @@ _READ = (".json", ".safetensors", ".txt", ".model", ".jinja")
 
 def facts_of(source: Checkpoint, context: int) -> ModelFacts:
     """Return the facts for manifest and report."""
+    learned = learned_of(source.folder)
     return ModelFacts(
         name=source.name,
         architecture=source.architecture,
@@ -32,6 +34,7 @@ def facts_of(source: Checkpoint, context: int) -> ModelFacts:
         licence=licence_of(source.folder),
         licence_texts=licence_texts(source.folder),
         context=context,
+        learned=None if learned is None else learned.model_dump(mode="json"),
     )
 
 

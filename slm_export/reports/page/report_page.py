@@ -7,6 +7,7 @@ from slm_export.reports.details import Prediction
 from slm_export.reports.page import plots, sections, wording
 from slm_export.reports.page.templates import render
 from slm_export.reports.page.treemap import treemap
+from slm_export.reports.taught import taught_notes, taught_rows
 from slm_export.results import Report
 
 
@@ -47,6 +48,8 @@ def report_page(report: Report) -> str:
         frontier=plots.frontier(report.frontier),
         delegated=[result for result in report.formats if result.delegation is not None],
         stage_bars=sections.stage_bars(report),
+        taught=taught_rows(report),
+        taught_notes=taught_notes(report),
     )
 
 
@@ -55,6 +58,7 @@ def _contents(report: Report) -> list[tuple[str, str]]:
     speed = any(result.latency or result.predictions for result in report.formats)
     there = (
         ("asked", "Asked", True),
+        ("taught", "Taught", report.model.learned is not None),
         ("size", "Size", True),
         ("passes", "Passes", bool(report.passes)),
         ("fidelity", "Fidelity", True),
