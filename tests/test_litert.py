@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +18,14 @@ from slm_export.errors import InputError
 from slm_export.exporters import litert, litert_lowering
 from slm_export.exporters.litert import LiteRTExporter
 from slm_export.exporters.litert_container import Container
+from slm_export.exporters.litert_runner import LiteRTLMTokenizer
 from slm_export.graph.layers import CannotStamp
 from slm_export.graph.model import build_reference
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.parity import differing, judge_codes
 from slm_export.runtime import DecoderSession, ExportOptions
 from slm_export.source.load import load_checkpoint
+from slm_export.tokenization.runtime_tokenizers import TokenizerLoadError
 from slm_export.weights import Dense, Quantized
 
 CONTEXT = 64
@@ -183,6 +187,30 @@ def test_the_runner_is_told_what_the_model_needs(exported: Exported) -> None:
     ids = tokenizer.encode("def save(family)")
     assert ids
     assert tokenizer.decode(ids) == "def save(family)"
+
+
+def test_a_tokenizer_that_ends_its_process_is_a_failed_tokenizer(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ends is the child that reads text, not the export."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    tokenizer = LiteRTLMTokenizer(exported.path)
+    assert tokenizer.encode("def")
+    os.kill(tokenizer._child._process.pid, signal.SIGABRT)
+    with pytest.raises(ValueError, match=r"read text with LiteRT-LM died \(SIGABRT\)"):
+        tokenizer.encode("def")
+    with pytest.raises(ValueError, match="died"):
+        tokenizer.decode([5])
+    del tokenizer
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+def test_a_file_that_is_none_is_a_failed_tokenizer(tmp_path: Path) -> None:
+    file = tmp_path / "model.litertlm"
+    file.write_bytes(b"LITERTLM" + bytes(1000))
+    with pytest.raises(TokenizerLoadError, match="LiteRT-LM cannot open it"):
+        LiteRTLMTokenizer(file)
 
 
 def test_the_chat_template_and_the_sampler_are_packed(exported: Exported, tmp_path: Path) -> None:
