@@ -31,6 +31,7 @@ def distil(as_json: bool, **asked: Any) -> None:
 @click.argument("teacher")
 @click.argument("model")
 @options_reason.reason
+@options_learning.grid
 @options_learning.loop
 @options_learning.result
 @options.OFFLINE
@@ -50,6 +51,7 @@ def reason(as_json: bool, **asked: Any) -> None:
 @click.command()
 @click.argument("model")
 @options_adapt.adapt
+@options_learning.grid
 @options_learning.loop
 @options_learning.result
 @options.OFFLINE

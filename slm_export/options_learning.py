@@ -54,6 +54,8 @@ _DISTIL = (
         show_default=True,
         help="Share of steps on text that the student writes.",
     ),
+)
+_GRID = (
     click.option(
         "--for-bits", type=click.Choice(["4", "8"]), help="Train on the integer grid that an export will use."
     ),
@@ -123,7 +125,12 @@ _RESULT = (
 
 def distil(command: _F) -> _F:
     """Add what says who learns from whom, and how."""
-    return _with(command, _DISTIL)
+    return _with(command, (*_DISTIL, *_GRID))
+
+
+def grid(command: _F) -> _F:
+    """Add the grid that is trained for."""
+    return _with(command, _GRID)
 
 
 def training(command: _F) -> _F:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slm_export.commands.learning import exported, show_outcome
+from slm_export.commands.learning import exported, grid_of, show_outcome, stored
 from slm_export.commands.terminal import working
 
 
@@ -16,7 +16,8 @@ def adapt_command(asked: dict[str, Any], as_json: bool) -> None:
         from slm_export.learning.adapt import adapt
 
         request = _request(asked)
-        plans = [make_plan(made) for made in exported(request.out, exports, request.force)]
+        made = exported(request.out, exports, request.force, stored(request.settings.grid))
+        plans = [make_plan(each) for each in made]
         for plan in plans:
             plan.ready()
         outcome, out = adapt(request, progress)
@@ -33,6 +34,7 @@ def _request(asked: dict[str, Any]) -> Any:
         training=Training(**{name: asked.pop(name) for name in loop}),
         task=asked.pop("task"),
         low_rank=asked.pop("low_rank") or 0,
+        grid=grid_of(asked.pop("for_bits"), asked.pop("group_size")),
         masked=asked.pop("masked"),
     )
     return Request(settings=settings, **asked)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slm_export.commands.learning import exported, show_outcome
+from slm_export.commands.learning import exported, grid_of, show_outcome, stored
 from slm_export.commands.terminal import working
 from slm_export.errors import InputError
 
@@ -17,7 +17,7 @@ def distil_command(asked: dict[str, Any], as_json: bool) -> None:
         from slm_export.learning.distil import distil
 
         request = _request(asked)
-        made = exported(request.out, exports, request.force, _stored(request.settings.grid))
+        made = exported(request.out, exports, request.force, stored(request.settings.grid))
         plans = [make_plan(each) for each in made]
         for plan in plans:
             plan.ready()
@@ -25,19 +25,10 @@ def distil_command(asked: dict[str, Any], as_json: bool) -> None:
         show_outcome(outcome, out, plans, progress, as_json)
 
 
-def _stored(grid: Any) -> Any:
-    """Return the options of an export that stores what was trained."""
-    from slm_export.quantization_options import QuantizationOptions
-
-    if grid is None:
-        return None
-    return QuantizationOptions(grid.bits, grid.group if grid.bits == 4 else None, grid.embedding_bits)
-
-
 def _request(asked: dict[str, Any]) -> Any:
     from slm_export.budget.budget import parse_bytes
     from slm_export.learning.distil import Request
-    from slm_export.learning.distil_settings import DecoderLosses, DistilSettings, Grid
+    from slm_export.learning.distil_settings import DecoderLosses, DistilSettings
     from slm_export.learning.settings import Training
     from slm_export.learning.shapes import parse_shape
 
@@ -58,9 +49,7 @@ def _request(asked: dict[str, Any]) -> Any:
             top_k=asked["top_k"] or 0,
             on_policy=asked["on_policy"],
         ),
-        grid=None
-        if asked["for_bits"] is None
-        else Grid.model_validate({"bits": int(asked["for_bits"]), "group": int(asked["group_size"])}),
+        grid=grid_of(asked["for_bits"], asked["group_size"]),
     )
     return Request(
         teacher=asked["teacher"],

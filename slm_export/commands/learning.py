@@ -16,6 +16,7 @@ from slm_export.reports.words import printable, seconds
 
 if TYPE_CHECKING:
     from slm_export.compilation import Plan, Request
+    from slm_export.learning.distil_settings import Grid
     from slm_export.learning.outcome import Outcome
     from slm_export.progress import Progress
     from slm_export.quantization_options import QuantizationOptions
@@ -43,6 +44,22 @@ def exported(
         )
         for target in dict.fromkeys(targets)
     ]
+
+
+def grid_of(bits: str | None, group: str) -> Grid | None:
+    """Return the grid that ``--for-bits`` and ``--group-size`` ask for."""
+    from slm_export.learning.distil_settings import Grid
+
+    return None if bits is None else Grid.model_validate({"bits": int(bits), "group": int(group)})
+
+
+def stored(grid: Grid | None) -> QuantizationOptions | None:
+    """Return the options of an export that stores what was trained on a grid."""
+    from slm_export.quantization_options import QuantizationOptions
+
+    if grid is None:
+        return None
+    return QuantizationOptions(grid.bits, grid.group if grid.bits == 4 else None, grid.embedding_bits)
 
 
 def show_outcome(

@@ -16,7 +16,6 @@ from slm_export.driver import versions
 from slm_export.errors import InputError
 from slm_export.learning import finishing, heads
 from slm_export.learning.adapt_settings import AdaptSettings
-from slm_export.learning.adapters import low_rank
 from slm_export.learning.chats import whole_text
 from slm_export.learning.examples import Labelled, read_labelled
 from slm_export.learning.measures import Interval
@@ -28,7 +27,8 @@ from slm_export.learning.processes import rank, wait_for_all, world
 from slm_export.learning.self_supervised import Causal, Masked
 from slm_export.learning.supervised import Classify, Embed, Generate, Tag
 from slm_export.learning.texts import Split, Texts, read_texts, split
-from slm_export.learning.trainer import Curve, train
+from slm_export.learning.trainer import Curve
+from slm_export.learning.updating import refuse_adapters_on_a_grid, settle, update
 from slm_export.progress import Progress
 from slm_export.source.hub import find_model
 from slm_export.source.licences import licence_of
@@ -74,6 +74,7 @@ def adapt(request: Request, progress: Progress) -> tuple[Outcome, Path]:
     began = time.monotonic()
     settings = request.settings
     _refuse_mixtures(request)
+    refuse_adapters_on_a_grid(settings.low_rank, settings.grid)
     folder = find_model(request.model, None)
     with progress.stage("read model and data"):
         model = load(folder)
@@ -87,10 +88,13 @@ def adapt(request: Request, progress: Progress) -> tuple[Outcome, Path]:
         if rank() != 0:
             wait_for_all()
             raise SystemExit(0)
-        after = _measured_once(work, "after", objective, objective.start, progress)
         made = objective.result(objective.start)
-        save(made, staging.path)
+        save(made, staging.path, settle(made, settings.grid, work))
         heads.tidy(made, staging.path)
+        # As it was written, in its own type; where the head was taken off, as it was with it.
+        written = load(staging.path)
+        final = written if written.task == objective.start.task else objective.start
+        after = _measured_once(work, "after", objective, final, progress)
         finishing.write_beside(matter.documents, folder, staging.path)
         outcome = Outcome(
             by="adapt",
@@ -107,7 +111,6 @@ def adapt(request: Request, progress: Progress) -> tuple[Outcome, Path]:
             seconds=time.monotonic() - began,
             toolchain=versions(finishing.TOOLS),
         )
-        load(staging.path)  # what an export will read
         write_outcome(outcome, staging.path)
         out = staging.commit()
         work.done()
@@ -187,23 +190,18 @@ def _objective(model: Model, matter: Matter, settings: AdaptSettings) -> Objecti
 
 
 def _teach(objective: Objective, settings: AdaptSettings, work: Place, progress: Progress) -> Curve:
-    training = settings.training
-    with low_rank(objective.start.module, settings.low_rank, training.seed, objective.whole) as (
-        learner,
-        merge,
-    ):
-        curve = train(
-            learner,
-            objective.training,
-            objective.loss,
-            training,
-            work,
-            progress,
-            pad_id=objective.start.tokenizer.pad_id,
-            name="adapt",
-        )
-        merge()
-    return curve
+    return update(
+        objective.start,
+        objective.training,
+        objective.loss,
+        settings.training,
+        work,
+        progress,
+        "adapt",
+        rank=settings.low_rank,
+        grid=settings.grid,
+        whole=objective.whole,
+    )
 
 
 def _measured_once(

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from slm_export.learning.distil_settings import Grid
 from slm_export.learning.settings import Frozen, Training
 
 Task = Literal["classify", "tag", "embed", "generate"]
@@ -21,3 +22,5 @@ class AdaptSettings(Frozen):
     """Rank of the adapters; 0: the whole model learns."""
     masked: float = Field(default=0.15, gt=0, lt=1)
     """Share of an encoder's tokens that are hidden from it, where the text teaches itself."""
+    grid: Grid | None = None
+    """What it is trained for; None: no grid."""

@@ -27,6 +27,7 @@ from slm_export.learning.scoring import Score
 from slm_export.learning.teaching import ReasoningTeacher
 from slm_export.learning.traces import Selection, Trace
 from slm_export.learning.tuning import Collected, Lessons, child_of, collect, lessons, scored_once, tune
+from slm_export.learning.updating import refuse_adapters_on_a_grid, settle
 from slm_export.progress import Progress
 from slm_export.source.hub import find_model
 from slm_export.source.licences import licence_of
@@ -72,6 +73,7 @@ def reason(request: Request, progress: Progress) -> tuple[Outcome, Path]:
     """
     began = time.monotonic()
     _refuse_many_processes()
+    refuse_adapters_on_a_grid(request.settings.low_rank, request.settings.grid)
     problems = _problems(request)
     judge = _judge(request, problems)
     folder = find_model(request.model, None)
@@ -86,7 +88,7 @@ def reason(request: Request, progress: Progress) -> tuple[Outcome, Path]:
             settings = request.settings
             before = scored_once(work, "before", child, problems.held_out, judge, settings, progress)
             curve = tune(child, taught, settings, work, progress)
-            save(child, staging.path)
+            save(child, staging.path, settle(child, settings.grid, work))
             after = scored_once(
                 work, "after", load(staging.path), problems.held_out, judge, settings, progress
             )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
+from slm_export.learning.distil_settings import Grid
 from slm_export.learning.settings import Frozen, Training
 
 
@@ -21,5 +20,5 @@ class Reasoning(Frozen):
     """Tokens that the child may write when it is scored."""
     low_rank: int = Field(default=0, ge=0)
     """Rank of the adapters; 0: the whole model learns."""
-    bits: Literal[4, 8] | None = None
-    """The grid that it is trained for; None: none."""
+    grid: Grid | None = None
+    """What it is trained for; None: no grid."""

@@ -83,13 +83,10 @@ class Masked:
         if not self.is_new:
             return model
         own = self._source.module
-        own.base_model.load_state_dict(
-            {
-                name: value
-                for name, value in model.module.base_model.state_dict().items()
-                if name in _names(own)
-            }
-        )
+        kept = model.module.base_model.state_dict(keep_vars=True)
+        names = set(own.base_model.state_dict())
+        # The same tensors, so that what is done to the one is seen in the figures of the other.
+        own.base_model.load_state_dict({name: kept[name] for name in names}, assign=True)
         return replace(self._source, module=own.eval())
 
 
@@ -162,7 +159,3 @@ def new_parts(module: nn.Module) -> tuple[str, ...]:
         *heads,
         *(["pooler"] if any(name.endswith(".pooler") for name, _ in module.named_modules()) else []),
     )
-
-
-def _names(module: nn.Module) -> set[str]:
-    return set(module.base_model.state_dict())  # type: ignore[union-attr]

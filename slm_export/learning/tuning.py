@@ -16,7 +16,6 @@ from pathlib import Path
 
 from slm_export.errors import InputError
 from slm_export.learning import models
-from slm_export.learning.adapters import low_rank
 from slm_export.learning.asked import ask
 from slm_export.learning.chats import completion_ids, prompt_ids
 from slm_export.learning.judging import Judge
@@ -27,7 +26,8 @@ from slm_export.learning.reason_settings import Reasoning
 from slm_export.learning.scoring import Score, score
 from slm_export.learning.teaching import ReasoningTeacher, Solution
 from slm_export.learning.traces import Selection, Trace, select
-from slm_export.learning.trainer import IGNORED, Curve, Example, causal_loss, train
+from slm_export.learning.trainer import IGNORED, Curve, Example, causal_loss
+from slm_export.learning.updating import update
 from slm_export.progress import Progress
 from slm_export.source.tasks import GENERATION
 from slm_export.tokenization.tokenizer import SourceTokenizer
@@ -123,20 +123,19 @@ def lessons(traces: Sequence[Trace], tokenizer: SourceTokenizer, length: int) ->
 
 
 def tune(model: Model, taught: Lessons, settings: Reasoning, place: Place, progress: Progress) -> Curve:
-    """Tune a model on lessons in place, whole or by adapters that are merged then."""
-    with low_rank(model.module, settings.low_rank, settings.training.seed) as (learner, merge):
-        curve = train(
-            learner,
-            taught.examples,
-            causal_loss,
-            settings.training,
-            place,
-            progress,
-            pad_id=model.tokenizer.pad_id,
-            name="tune the child",
-        )
-        merge()
-    return curve
+    """Tune a model on lessons in place."""
+    rank, grid = settings.low_rank, settings.grid
+    return update(
+        model,
+        taught.examples,
+        causal_loss,
+        settings.training,
+        place,
+        progress,
+        "tune the child",
+        rank=rank,
+        grid=grid,
+    )
 
 
 def scored_once(
