@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError, MissingComponentError
+from slm_export.keras.archive import check_archive
 from slm_export.machine import machine_errors
 
 KERAS_FILE, SAVED_MODEL = ".keras", "saved_model.pb"
@@ -156,6 +157,8 @@ def open_model(path: Path) -> TensorFlowModel:
         raise InputError(f"{path}: the old HDF5 format; save the model again: model.save('model.keras')")
     if not path.exists():
         raise InputError(f"{path}: no such file")
+    if not path.is_dir():
+        check_archive(path)
     tensorflow()
     with machine_errors(f"read {path.name}", path):
         return _open_saved_model(path) if path.is_dir() else _open_keras(path)
