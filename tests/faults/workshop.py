@@ -107,6 +107,10 @@ class Workshop:
         codes = judge_codes(made.stored(path), quantized_weights(planted.quantized))
         if not codes.passed:
             return Caught((codes,))
+        if fault.kind in _OF_GRAPHS and made.elsewhere is not None:
+            sample = planted.tokenizer.encode_with_template(_documents()[0])
+            if own := _failed(made.own_checks(path, planted.quantized, sample)):
+                return Caught(own)
         subject = Subject(
             faulty,
             path,
