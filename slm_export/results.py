@@ -245,6 +245,8 @@ class ModelFacts:
     """Files of the bundle."""
     learned: dict[str, Any] | None = None
     """How slm-export taught it, where it did: `source.learned.Learned` as JSON values."""
+    adapter: dict[str, Any] | None = None
+    """What was merged into which base, where MODEL was an adapter: `source.adapters.MergedFrom` as JSON values."""
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def finished_weights(follows_from: Sequence[object]) -> Finished:
     """Return the place for weights that follow from these JSON values; an OSError where it cannot be made."""
     key = hashlib.sha256(json.dumps([__version__, *follows_from]).encode()).hexdigest()
     root = cache_folder() / "finished"
-    _remove_forgotten(root)
+    remove_forgotten(root)
     held = Held(root / key[:32])
     os.utime(held.folder)
     return Finished(held.folder, held=held)
@@ -117,7 +117,8 @@ def _leave(kept: Sequence[Finished], *, remove: bool) -> None:
             finished.held.leave(remove=remove and not os.environ.get(KEEP_VARIABLE))
 
 
-def _remove_forgotten(root: Path) -> None:
+def remove_forgotten(root: Path) -> None:
+    """Remove the folders in ``root`` that nobody came back for in a week, and nobody holds."""
     for folder in root.glob("*"):
         with suppress(OSError):
             if time.time() - folder.stat().st_mtime > _FORGOTTEN_S:

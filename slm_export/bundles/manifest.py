@@ -46,6 +46,8 @@ class ModelEntry(_Entry):
     context: int | None = None
     learned: dict[str, Any] | None = None
     """How slm-export taught it: teacher and child on the same held-out text, settings, licence of the text."""
+    adapter: dict[str, Any] | None = None
+    """Where the model is a base with an adapter merged in: names of both, kind, rank, hash of the adapter."""
 
 
 class CalibrationEntry(_Entry):

@@ -21,7 +21,7 @@ from slm_export.planning.storage import QUANTIZING
 from slm_export.profile import DeviceProfile, RecipeStep, default_profile, load_profile, shipped_profiles
 from slm_export.quantization_options import QuantizationOptions, merged
 from slm_export.settings import FILE_NAME, Settings, load_settings
-from slm_export.source.hub import find_model
+from slm_export.source.hub import find_shapes
 
 ALL = "all"
 
@@ -62,7 +62,7 @@ def plan_command(request: PlanRequest, as_json: bool) -> None:
     if not request.model:
         raise InputError(f"no model: give a model folder, or name one in {FILE_NAME} in the current folder")
     pairs = _pairs(request)
-    model = read_model(find_model(request.model, request.revision))
+    model = read_model(find_shapes(request.model, request.revision))
     if request.context and model.positions and request.context > model.positions:
         raise InputError(
             f"context {request.context} is longer than the {model.positions} positions of {model.name}; "

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from slm_export.errors import InputError, MachineError
 from slm_export.machine import machine_errors
+from slm_export.source.adapters import base_of, is_adapter, merged
 from slm_export.source.licences import PATTERNS
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -33,12 +34,25 @@ _UNWANTED = ["onnx/*", "openvino/*", "original/*", "coreml/*"]
 
 
 def find_model(model: str, revision: str | None = None) -> Path:
-    """Return the folder of a model: the path itself, or the local copy of a hub repository.
+    """Return the folder of a model: the path itself, the local copy of a hub repository, or a merged adapter.
 
     Raises:
-        InputError: there is no such folder, and no such model on the hub; or a revision was given for a folder.
+        InputError: there is no such folder, and no such model on the hub; or a revision was given for a folder; or an
+            adapter that does not fit its base.
         MachineError: the hub cannot be reached.
     """
+    folder = find_folder(model, revision)
+    return merged(folder, base_of(folder, find_folder)) if is_adapter(folder) else folder
+
+
+def find_shapes(model: str, revision: str | None = None) -> Path:
+    """Return a folder with the shapes of a model: as `find_model`, but an adapter's base stands for both."""
+    folder = find_folder(model, revision)
+    return base_of(folder, find_folder) if is_adapter(folder) else folder
+
+
+def find_folder(model: str, revision: str | None = None) -> Path:
+    """Return the folder that is meant, whatever it holds; raises as `find_model` does."""
     # os.path answers where pathlib raises: a name too long, "~" of a user that is not there
     path = Path(os.path.expanduser(model))
     if os.path.isdir(path):

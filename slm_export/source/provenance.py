@@ -12,6 +12,7 @@ from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError
 from slm_export.results import ModelFacts
 from slm_export.runtime import ExportOptions
+from slm_export.source.adapters import merged_from
 from slm_export.source.card import front_matter, listed
 from slm_export.source.learned import learned_of
 from slm_export.source.licences import licence_of, licence_texts, licences_sha256
@@ -23,7 +24,7 @@ _READ = (".json", ".safetensors", ".txt", ".model", ".jinja")
 
 def facts_of(source: Checkpoint, context: int) -> ModelFacts:
     """Return the facts for manifest and report."""
-    learned = learned_of(source.folder)
+    learned, adapter = learned_of(source.folder), merged_from(source.folder)
     return ModelFacts(
         name=source.name,
         architecture=source.architecture,
@@ -35,6 +36,7 @@ def facts_of(source: Checkpoint, context: int) -> ModelFacts:
         licence_texts=licence_texts(source.folder),
         context=context,
         learned=None if learned is None else learned.model_dump(mode="json"),
+        adapter=None if adapter is None else adapter.model_dump(mode="json"),
     )
 
 
