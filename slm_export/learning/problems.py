@@ -1,8 +1,8 @@
 """Problems with known answers: read strictly, and parted into those that teach and those that judge.
 
 A file of them is JSONL, an object on each line: ``{"problem": "12 + 30", "answer": "42"}``. The answer may be left out
-where a checker judges. Which problems are held out follows from their words alone, so that problems which are added
-later move none of the others to the other side.
+where a checker judges. Which problems are held out follows from their words alone: in another order of the file they
+are the same.
 """
 
 from __future__ import annotations
