@@ -202,10 +202,6 @@ def test_an_adapter_is_exported_like_any_model(tiny_llama: Path, tmp_path: Path,
     assert manifest["model"]["name"] == "mine"
     assert manifest["model"]["adapter"]["base"] == tiny_llama.name
     assert manifest["model"]["adapter"]["rank"] == 4
-    assert cli("verify", "out", "--source", folder).returncode == 0
-    refused = cli("verify", "out", "--source", tiny_llama)
-    assert refused.returncode == 2
-    assert "not the model" in refused.stderr
 
 
 def test_added_tokens_come_with_the_adapter(tiny_llama: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import os
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -220,7 +220,11 @@ def _merge(folder: Path, base: Path, config: Any, out: Path) -> None:
             adapted = peft.PeftModel.from_pretrained(module, str(folder), config=config)
         except (ValueError, RuntimeError) as error:
             raise InputError(f"{folder}: does not belong to {base}: {_first_line(error)}") from error
-        _refuse_lost(folder, base, tensors, peft.get_peft_model_state_dict(adapted))
+        # A whole embedding is there if whoever saved the adapter thought that it may have grown, or not.
+        wanted, possible = (
+            peft.get_peft_model_state_dict(adapted, save_embedding_layers=whole) for whole in (False, True)
+        )
+        _refuse_lost(folder, base, tensors.keys() - possible.keys(), wanted.keys() - tensors.keys())
         try:
             whole = adapted.merge_and_unload(safe_merge=True)
         except ValueError as error:
@@ -247,10 +251,9 @@ def _resize(module: Any, tensors: Mapping[str, Any]) -> None:
             return
 
 
-def _refuse_lost(folder: Path, base: Path, stored: Mapping[str, Any], placed: Mapping[str, Any]) -> None:
-    lost, missing = sorted(stored.keys() - placed.keys()), sorted(placed.keys() - stored.keys())
+def _refuse_lost(folder: Path, base: Path, lost: Set[str], missing: Set[str]) -> None:
     if lost or missing:
-        what = f"{lost[0]} has no place in it" if lost else f"{missing[0]} is not in {_WEIGHTS}"
+        what = f"{min(lost)} has no place in it" if lost else f"{min(missing)} is not in {_WEIGHTS}"
         raise InputError(
             f"{folder}: does not belong to {base}: {what} ({len(lost) + len(missing)} tensors in all); "
             f"name the model that it was trained on in {CONFIG}"
