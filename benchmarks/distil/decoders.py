@@ -82,7 +82,7 @@ class Bench:
         self.held_out = windows(self.held_out_documents, self.teacher.tokenizer, LENGTH)
         self.loss = decoder_loss(LiveTeacher(self.teacher.module), temperature=1.0, hard=0.1)
         self.alone = decoder_loss(LiveTeacher(self.teacher.module), temperature=1.0, hard=1.0)
-        self.found: dict[str, Any] = {
+        self.found = self.earlier() or {
             "model": given.model.name,
             "shape": SHAPE,
             "training": {"documents": len(training), "windows": len(self.training)},
@@ -91,10 +91,23 @@ class Bench:
                 "left_out_for_overlap": len(clashing),
                 "windows": len(self.held_out),
             },
-            "options": {k: v for k, v in vars(given).items() if isinstance(v, int)},
+            "options": options_of(given),
             "rows": [],
             "curves": {},
         }
+
+    def earlier(self) -> dict[str, Any] | None:
+        """Return what an interrupted run of the same options has found."""
+        path = self.given.out / "decoders.json"
+        if not path.is_file():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        same = found["shape"] == SHAPE and found["options"] == options_of(self.given)
+        return found if same else None
+
+    def has(self, name: str) -> bool:
+        """Whether a model was measured by an interrupted run."""
+        return any(row["name"] == name for row in self.found["rows"])
 
     def run(self) -> None:
         """Measure one after the other."""
@@ -102,20 +115,19 @@ class Bench:
         cut = given.out / "cut"
         if not cut.is_dir():
             shrink(teacher, parse_shape(SHAPE), self.training, cut, self.progress)
-        self.say("teacher", teacher)
-        self.say("cut, before learning", load(cut))
-        taught = self.learn("taught", load(cut), self.loss, self.training_of(given.steps, 1e-3))
-        save(taught, given.out / "taught", torch.float32)
-        self.say("taught by its teacher", taught)
-        self.say(
-            "without a teacher",
-            self.learn("alone", load(cut), self.alone, self.training_of(given.steps, 1e-3)),
-        )
-        fresh = random_weights(load(cut))
-        self.say(
-            "from random weights",
-            self.learn("random", fresh, self.alone, self.training_of(given.steps, 1e-3)),
-        )
+        if not self.has("teacher"):
+            self.say("teacher", teacher)
+            self.say("cut, before learning", load(cut))
+        first = self.training_of(given.steps, 1e-3)
+        if not self.has("without a teacher"):
+            self.say("without a teacher", self.learn("alone", load(cut), self.alone, first))
+        if not self.has("from random weights"):
+            fresh = random_weights(load(cut))
+            self.say("from random weights", self.learn("random", fresh, self.alone, first))
+        if not self.has("taught by its teacher"):
+            taught = self.learn("taught", load(cut), self.loss, first)
+            save(taught, given.out / "taught", torch.float32)
+            self.say("taught by its teacher", taught)
         self.quantized(given.out / "taught")
         self.plot()
 
@@ -224,6 +236,11 @@ class Bench:
         axes[0].set_xscale("log")
         figure.tight_layout()
         figure.savefig((self.given.plots or self.given.out) / "distil-decoders.svg")
+
+
+def options_of(given: argparse.Namespace) -> dict[str, int]:
+    """Return the options that decide the figures."""
+    return {name: value for name, value in vars(given).items() if isinstance(value, int)}
 
 
 def library(characters: int) -> list[Document]:

@@ -70,7 +70,8 @@ def _compare(folder: Path, entry: FileEntry) -> Problem | None:
 def strangers(folder: Path) -> str | None:
     """Say why ``folder`` must not be replaced, or return None: it is empty, or a bundle and nothing else.
 
-    A model that was taught here counts as one. Any schema version will do. A file called manifest.json alone proves nothing (browser
+    A model that was taught here counts as one. Any schema version will do. A file called manifest.json alone proves
+    nothing (browser
     extensions have one too), and a file that the user put beside the model is the user's.
     """
     plain, odd = scan(folder)

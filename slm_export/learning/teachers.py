@@ -49,12 +49,13 @@ class LiveTeacher:
     def __init__(self, module: nn.Module) -> None:
         self._module = module.eval().requires_grad_(False)
 
-    @torch.no_grad()
     def targets(self, batch: Batch, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return the teacher's logits, and the student's as they are; a padded table of either is cut."""
         if next(self._module.parameters()).device != logits.device:
             self._module.to(logits.device)
-        ours = self._module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        # The student's logits keep their gradient: no further than this.
+        with torch.no_grad():
+            ours = self._module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         width = min(ours.shape[-1], logits.shape[-1])
         return ours[..., :width].float(), logits[..., :width]
 
