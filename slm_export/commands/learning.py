@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from slm_export.compilation import Plan, Request
     from slm_export.learning.distil_settings import Grid
     from slm_export.learning.outcome import Outcome
+    from slm_export.learning.scoring import Score
     from slm_export.progress import Progress
     from slm_export.quantization_options import QuantizationOptions
 
@@ -63,9 +64,17 @@ def stored(grid: Grid | None) -> QuantizationOptions | None:
 
 
 def show_outcome(
-    outcome: Outcome, out: Path, plans: Sequence[Plan], progress: Progress, as_json: bool
+    outcome: Outcome,
+    out: Path,
+    plans: Sequence[Plan],
+    progress: Progress,
+    as_json: bool,
+    scores: Callable[[Path], Mapping[str, Score | None]] | None = None,
 ) -> None:
-    """Export what was planned, then print the outcome and every report."""
+    """Export what was planned, then print the outcome and every report.
+
+    Given   scores: of the artifacts of a bundle, by format, where there are problems to solve
+    """
     from slm_export import driver
     from slm_export.learning.outcome import to_json
     from slm_export.reports import report as reports
@@ -73,15 +82,39 @@ def show_outcome(
     if not as_json:
         print_outcome(stdout(), outcome, out, done=not plans)
     made = [driver.export(plan, progress) for plan in plans]
+    solved = [None if scores is None else scores(bundle) for _, bundle in made]
     if as_json:
         exports: list[dict[str, Any]] = [
-            {**reports.to_json(report), "out": str(bundle)} for report, bundle in made
+            {**reports.to_json(report), "out": str(bundle), **_scored(found)}
+            for (report, bundle), found in zip(made, solved, strict=True)
         ]
         print_json({**to_json(outcome), "out": str(out), "exports": exports})
         return
-    for report, bundle in made:
+    for (report, bundle), found in zip(made, solved, strict=True):
         stdout().print()
         reports.print_report(stdout(), report, bundle)
+        _print_scores(stdout(), found)
+
+
+def _scored(found: Mapping[str, Score | None] | None) -> dict[str, Any]:
+    if found is None:
+        return {}
+    return {
+        "held_out_problems": {name: None if one is None else one.as_json() for name, one in found.items()}
+    }
+
+
+def _print_scores(console: Console, found: Mapping[str, Score | None] | None) -> None:
+    """Print how many held-out problems each artifact solves."""
+    if found is None:
+        return
+    console.print()
+    console.print(Text("Held-out problems, solved by the artifact", "bold"))
+    for name, one in found.items():
+        told = "not run: its runtime is not on this machine"
+        if one is not None:
+            told = f"{one.right} of {one.problems}: {one.accuracy}"
+        console.print(Text(f"  {name}: {told}"))
 
 
 def print_outcome(console: Console, outcome: Outcome, out: Path, *, done: bool) -> None:

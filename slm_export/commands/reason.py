@@ -13,7 +13,7 @@ def reason_command(asked: dict[str, Any], as_json: bool) -> None:
     exports = asked.pop("exports")
     with working() as progress:
         from slm_export.compilation import make_plan
-        from slm_export.learning.reason import reason
+        from slm_export.learning.reason import artifact_scores, reason
 
         request = _request(asked)
         made = exported(request.out, exports, request.force, stored(request.settings.grid))
@@ -21,7 +21,9 @@ def reason_command(asked: dict[str, Any], as_json: bool) -> None:
         for plan in plans:
             plan.ready()
         outcome, out = reason(request, progress)
-        show_outcome(outcome, out, plans, progress, as_json)
+        show_outcome(
+            outcome, out, plans, progress, as_json, lambda bundle: artifact_scores(bundle, request, progress)
+        )
 
 
 def _request(asked: dict[str, Any]) -> Any:

@@ -103,7 +103,11 @@ def adapt(request: Request, progress: Progress) -> tuple[Outcome, Path]:
             curves={"adapt": curve},
             settings=settings.recorded(),
             data={**matter.facts, "examples": len(objective.training)},
-            held_out={**matter.held_out_facts, "examples": len(objective.held_out)},
+            held_out={
+                **matter.held_out_facts,
+                "examples": len(objective.held_out),
+                **finishing.text_for_exports(staging.path),
+            },
             lineage={"student": {"name": folder.resolve().name, "sha256": source_sha256(folder)}},
             licence=licence_of(folder),
             data_licence=request.data_licence,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from slm_export.evaltext import load_documents, text_sha256
 from slm_export.machine import machine_errors
 from slm_export.source.licences import licence_files, licence_of
 
@@ -33,6 +34,11 @@ def write_beside(held_out: Sequence[str], source: Path, out: Path) -> None:
             (out / file.name).write_bytes(file.read_bytes())
         text = f"{card}# {out.name}\n\nTaught by slm-export; learning.html says how.\n"
         (out / "README.md").write_text(text, encoding="utf-8", newline="\n")
+
+
+def text_for_exports(out: Path) -> dict[str, str]:
+    """Return what a report knows again the text by that exports were judged on."""
+    return {"export_sha256": text_sha256(load_documents(out / HELD_OUT))}
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> None:

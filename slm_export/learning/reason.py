@@ -12,6 +12,7 @@ from slm_export.bundles.checksums import sha256_file
 from slm_export.driver import versions
 from slm_export.errors import InputError
 from slm_export.learning import finishing
+from slm_export.learning.artifact_scores import score_bundle
 from slm_export.learning.chats import whole_text
 from slm_export.learning.checker import Checker, Limits
 from slm_export.learning.endpoint import Endpoint, is_url
@@ -105,7 +106,8 @@ def reason(request: Request, progress: Progress) -> tuple[Outcome, Path]:
                     "too_long": taught.too_long,
                     "examples": len(taught.examples),
                 },
-                held_out=_held_out(problems, given.score, before, after),
+                held_out=_held_out(problems, given.score, before, after)
+                | finishing.text_for_exports(staging.path),
                 lineage=_lineage(folder, teacher, request),
                 licence=licence_of(folder),
                 data_licence=request.data_licence,
@@ -117,6 +119,13 @@ def reason(request: Request, progress: Progress) -> tuple[Outcome, Path]:
             out = staging.commit()
             work.done()
     return outcome, out
+
+
+def artifact_scores(bundle: Path, request: Request, progress: Progress) -> dict[str, Score | None]:
+    """Return how many of the same held-out problems the artifacts of a bundle solve, by format."""
+    problems = _problems(request)
+    judge = _judge(request, problems)
+    return score_bundle(bundle, problems.held_out, judge, request.settings.answer_tokens, progress)
 
 
 def _refuse_many_processes() -> None:
