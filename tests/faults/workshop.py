@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from slm_export import judge
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import SlmExportError
 from slm_export.evaltext import load_documents
+from slm_export.exporters import litert_lowering
 from slm_export.fidelity import References, default_gates, exactness, tokens
 from slm_export.fidelity.steps import judge_steps
 from slm_export.judge import Subject, judge_artifact, self_check
@@ -128,24 +130,44 @@ class Workshop:
         return Caught(_failed(judged.checks))
 
     def _written(self, fault: Fault, planted: Planted, made: Exporter) -> Path:
-        """Return a bundle with the artifact; one that has no fault itself is written once."""
+        """Return a bundle with the artifact; one that has no fault before it is written is written once."""
         plain = replace(GOOD, model=fault.model, bits=fault.bits)
-        good = (
-            replace(plain, session=fault.session, name=fault.name, kind=fault.kind, formats=fault.formats)
-            == fault
-        )
+        later = replace(plain, session=fault.session, file=fault.file)
+        good = replace(later, name=fault.name, kind=fault.kind, formats=fault.formats) == fault
         work = self._folder / (f"good-{fault.model}-{fault.bits}-{made.name}" if good else "bundle")
-        if good and work.exists():
-            return work
-        shutil.rmtree(work, ignore_errors=True)
-        target("android").bundle(planted.tokenizer, work)
-        fault.tokenizer(work / "tokenizer")
         path = work / made.file(planted.source.task)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made.runner_tokenizer(work)
-        _Faulty(made, fault).write(planted.quantized, self._options(planted, work), path)
-        fault.file(path)
-        return work
+        if not (good and work.exists()):
+            shutil.rmtree(work, ignore_errors=True)
+            target("android").bundle(planted.tokenizer, work)
+            fault.tokenizer(work / "tokenizer")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            made.runner_tokenizer(work)
+            with self._lowered_once(fault, planted):
+                _Faulty(made, fault).write(planted.quantized, self._options(planted, work), path)
+        if fault.file is Fault.file:
+            return work
+        spoilt = self._folder / "spoilt"
+        shutil.rmtree(spoilt, ignore_errors=True)
+        shutil.copytree(work, spoilt)
+        fault.file(spoilt / made.file(planted.source.task))
+        return spoilt
+
+    @contextmanager
+    def _lowered_once(self, fault: Fault, planted: Planted) -> Iterator[None]:
+        """Keep LiteRT's graph where a fault lies in what is packed beside it: lowering takes most of the time."""
+        if fault.written is not Fault.written or fault.writing is not Fault.writing:
+            yield
+            return
+        lower = litert_lowering.lower_decoder
+
+        def kept(checkpoint: Checkpoint, context: int, lengths: list[int], path: Path) -> None:
+            before = self._folder / f"lowered-{planted.folder.name}-{context}.tflite"
+            if not before.exists():
+                lower(checkpoint, context, lengths, before)
+            shutil.copyfile(before, path)
+
+        with patch.object(litert_lowering, "lower_decoder", kept):
+            yield
 
     def _options(self, planted: Planted, work: Path) -> ExportOptions:
         tokenizer = planted.tokenizer
