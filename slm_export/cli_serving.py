@@ -41,4 +41,42 @@ def serve(as_json: bool, **asked: Any) -> None:
     serve_command(asked, as_json)
 
 
-SERVING = (serve,)
+@click.group()
+def delegate() -> None:
+    """Standing jobs of bundled models: on a schedule, on a file's change, on a request (docs/delegates.md)."""
+
+
+_FILE = click.argument("file", type=click.Path(path_type=Path), default=Path("delegates.toml"))
+
+
+@delegate.command("run")
+@_FILE
+@click.option("--once", is_flag=True, help="Do what is due, and what standard input holds, and end.")
+def delegate_run(file: Path, once: bool) -> None:
+    """Run the delegates of FILE (delegates.toml) until Ctrl-C; what was not done is done by the next run."""
+    from slm_export.commands.delegates import run_command
+
+    run_command(file, once)
+
+
+@delegate.command("list")
+@_FILE
+@options.JSON
+def delegate_list(file: Path, as_json: bool) -> None:
+    """List the delegates of FILE, and what came of their triggers."""
+    from slm_export.commands.delegates import list_command
+
+    list_command(file, as_json)
+
+
+@delegate.command("check")
+@_FILE
+@options.JSON
+def delegate_check(file: Path, as_json: bool) -> None:
+    """Check FILE and what it names (bundles, keys, folders, programs); nothing is run."""
+    from slm_export.commands.delegates import check_command
+
+    check_command(file, as_json)
+
+
+SERVING = (serve, delegate)

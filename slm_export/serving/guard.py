@@ -8,7 +8,6 @@ allows it (Fetch standard, "CORS-preflight request"); this server allows nobody.
 
 from __future__ import annotations
 
-import ipaddress
 import secrets
 from dataclasses import dataclass
 
@@ -19,16 +18,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from slm_export.serving.errors import ApiError
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether a host to listen on is reached from this machine alone."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ from starlette.types import ASGIApp
 from slm_export.bundles.bundle import read_manifest
 from slm_export.errors import InputError, MachineError
 from slm_export.keras import bundle as keras_bundle
+from slm_export.network import is_loopback
 from slm_export.opened import OpenBundle, open_bundle
 from slm_export.registry import exporter
 from slm_export.serving.endpoints import Endpoints
 from slm_export.serving.engine import Engine
 from slm_export.serving.errors import ApiError, failed
-from slm_export.serving.guard import LOOPBACK_NAMES, Guard, is_loopback
+from slm_export.serving.guard import LOOPBACK_NAMES, Guard
 from slm_export.source.tasks import EMBEDDING, GENERATION
 
 _GRACE_S = 5

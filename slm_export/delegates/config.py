@@ -1,0 +1,288 @@
+"""``delegates.toml``: the delegates of a machine.
+
+    [delegates.sorter]
+    bundle  = "mail-sorter"
+    trigger = { watch = "inbox" }
+    output  = { file = "sorted.jsonl" }
+
+Relative paths are relative to the folder of the file. An unknown key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from slm_export.errors import InputError
+from slm_export.network import is_loopback
+from slm_export.tomlfile import read_model
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d)")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+PLACEHOLDERS = ("text", "path", "time")
+Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+
+
+def duration_s(text: str) -> float:
+    """Return the seconds of ``90s``, ``10m``, ``1.5h`` or ``2d``; ValueError for anything else."""
+    found = _DURATION.fullmatch(text.strip())
+    seconds = float(found[1]) * _SECONDS[found[2]] if found else 0.0
+    if seconds < 1:
+        raise ValueError(f"{text!r} is no duration of a second or more; write 90s, 10m, 1.5h or 2d")
+    return seconds
+
+
+def _cron(text: str) -> str:
+    from apscheduler.triggers.cron import CronTrigger
+
+    try:
+        CronTrigger.from_crontab(text)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{text!r} is no cron expression of five fields: {error}") from None
+    if any(character.isdigit() for character in text.split()[4]):
+        # cron counts from Sunday and APScheduler from Monday
+        raise ValueError(f"{text!r}: write days of the week as names, mon to sun")
+    return text
+
+
+def _url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{text!r} is no http or https address")
+    return text
+
+
+def _duration(text: str) -> str:
+    duration_s(text)
+    return text
+
+
+Duration = Annotated[str, AfterValidator(_duration)]
+Url = Annotated[str, AfterValidator(_url)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+
+def _exactly_one(table: BaseModel, names: tuple[str, ...]) -> None:
+    given = [name for name in names if getattr(table, name) not in (None, False)]
+    if len(given) != 1:
+        raise ValueError(f"needs exactly one of {', '.join(names)}; it has {', '.join(given) or 'none'}")
+
+
+class Trigger(_Table):
+    """What sets a delegate off; exactly one of the first five."""
+
+    cron: Annotated[str, AfterValidator(_cron)] | None = None
+    """Five fields, in the machine's time zone."""
+    every: Duration | None = None
+    watch: Text | None = None
+    """A file, or a folder whose files are looked at."""
+    webhook: bool = False
+    """``POST /delegates/NAME``."""
+    stdin: bool = False
+    """Every line of standard input."""
+    match: Text = "*"
+    """Of a watched folder: files of such names."""
+    existing: bool = False
+    """Whether files count that were there before the delegate's first run."""
+    read: Text | None = None
+    """Of a schedule: a file whose text is the input."""
+    missed: Literal["once", "all", "skip"] = "once"
+    """Of a schedule: what becomes of times at which nothing ran."""
+    overlap: Literal["queue", "skip"] = "queue"
+    """Of a schedule: what becomes of a time at which the one before is still at work."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Trigger:
+        _exactly_one(self, ("cron", "every", "watch", "webhook", "stdin"))
+        of_schedules = {"read", "missed", "overlap"} & self.model_fields_set
+        if of_schedules and not self.scheduled:
+            raise ValueError(f"{sorted(of_schedules)[0]} is of use with cron and every alone")
+        if {"match", "existing"} & self.model_fields_set and self.watch is None:
+            raise ValueError("match and existing are of use with watch alone")
+        return self
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether time sets it off."""
+        return self.cron is not None or self.every is not None
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        if self.watch is not None:
+            return f"watch {self.watch}"
+        if self.scheduled:
+            return f"cron {self.cron}" if self.cron else f"every {self.every}"
+        return "webhook" if self.webhook else "stdin"
+
+
+class Sampling(_Table):
+    """How the answer's tokens are chosen."""
+
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, ge=0, le=1)
+    max_tokens: int = Field(default=256, ge=1)
+    seed: int = 0
+
+
+class Remote(_Table):
+    """An OpenAI-compatible endpoint."""
+
+    url: Url
+    model: Text
+    token_env: Text | None = None
+    """The variable with its key."""
+    timeout: Duration = "60s"
+    retries: int = Field(default=2, ge=0, le=10)
+
+
+class Rule(_Table):
+    """When a delegate that is ``local-then-remote`` asks the endpoint; any one of them is enough."""
+
+    longer_than: int | None = Field(default=None, ge=1)
+    """Tokens of the input."""
+    confidence_below: float | None = Field(default=None, gt=0, le=1)
+    """Of the local answer: the best label's score, or the mean probability of the likeliest token at each step."""
+    busy_above: float | None = Field(default=None, gt=0)
+    """Load average for each core."""
+    hotter_than: float | None = Field(default=None, gt=0)
+    """Degrees Celsius of the hottest sensor."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Rule:
+        if not self.model_fields_set:
+            raise ValueError("says nothing; give longer_than, confidence_below, busy_above or hotter_than")
+        return self
+
+
+class Output(_Table):
+    """Where the answer goes; exactly one of the first four."""
+
+    file: Text | None = None
+    """A line of JSON for each answer."""
+    stdout: bool = False
+    webhook: Url | None = None
+    command: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    """A program and its arguments, without a shell; the answer is its standard input."""
+    timeout: Duration = "30s"
+    attempts: int = Field(default=3, ge=1, le=20)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Output:
+        _exactly_one(self, ("file", "stdout", "webhook", "command"))
+        return self
+
+
+class Delegate(_Table):
+    """One standing job."""
+
+    bundle: Text | None = None
+    format: Text | None = None
+    prompt: Text = "{text}"
+    """What the model is given; {text} is the input, {path} a file's name, {time} when it was set off."""
+    trigger: Trigger
+    where: Literal["local", "remote", "local-then-remote"] = "local"
+    private: bool = False
+    """Inputs and answers never leave this machine."""
+    sampling: Sampling = Field(default_factory=Sampling)
+    remote: Remote | None = None
+    rule: Rule | None = None
+    output: Output
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Delegate:
+        if self.where != "remote" and self.bundle is None:
+            raise ValueError(f"where = '{self.where}' needs a bundle")
+        if (self.where != "local") != (self.remote is not None):
+            raise ValueError("[remote] and where = 'remote' or 'local-then-remote' belong together")
+        if (self.where == "local-then-remote") != (self.rule is not None):
+            raise ValueError("[rule] and where = 'local-then-remote' belong together")
+        odd = set(re.findall(r"\{([a-z_]+)\}", self.prompt)) - set(PLACEHOLDERS)
+        if odd:
+            raise ValueError(
+                f"prompt: unknown {{{sorted(odd)[0]}}}; there are {{text}}, {{path}} and {{time}}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _private_stays_here(self) -> Delegate:
+        if not self.private:
+            return self
+        if self.where == "remote":
+            raise ValueError("private = true and where = 'remote' contradict each other")
+        host = urlsplit(self.output.webhook).hostname if self.output.webhook else None
+        if host is not None and not is_loopback(host):
+            raise ValueError(f"private = true, but the answers would go to {host}")
+        return self
+
+
+class Webhook(_Table):
+    """Where requests come in."""
+
+    port: int = Field(default=8081, ge=0, le=65535)
+    token_env: Text
+    """The variable with the token that they bring."""
+
+
+class Delegates(_Table):
+    """The whole file; paths are absolute here."""
+
+    state: Text = "delegates.sqlite"
+    webhook: Webhook | None = None
+    delegates: dict[Name, Delegate] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _inputs_there(self) -> Delegates:
+        triggers = {name: one.trigger for name, one in self.delegates.items()}
+        hooked = [name for name, one in triggers.items() if one.webhook]
+        if bool(hooked) != (self.webhook is not None):
+            raise ValueError("[webhook] and a delegate with trigger = { webhook = true } belong together")
+        lines = [name for name, one in triggers.items() if one.stdin]
+        if len(lines) > 1:
+            raise ValueError(f"{lines[0]} and {lines[1]} both read standard input; one can")
+        return self
+
+
+def load_delegates(path: Path) -> Delegates:
+    """Read a file of delegates.
+
+    Raises:
+        InputError: the file is missing or wrong.
+    """
+    if not _has_apscheduler():
+        from slm_export.errors import MissingComponentError
+
+        raise MissingComponentError("delegates need apscheduler; pip install 'slm-export[delegates]'")
+    found = read_model(path, Delegates)
+    folder = path.absolute().parent
+
+    def at(text: str | None) -> str | None:
+        return None if text is None else str(folder / text)
+
+    def placed(one: Delegate) -> Delegate:
+        trigger = one.trigger.model_copy(
+            update={key: at(getattr(one.trigger, key)) for key in ("watch", "read")}
+        )
+        output = one.output.model_copy(update={"file": at(one.output.file)})
+        return one.model_copy(update={"bundle": at(one.bundle), "trigger": trigger, "output": output})
+
+    delegates = {name: placed(one) for name, one in found.delegates.items()}
+    for name, one in delegates.items():
+        if one.bundle is not None and not Path(one.bundle, "manifest.json").is_file():
+            raise InputError(
+                f"{path}: delegates.{name}.bundle: {one.bundle} is no bundle; export a model to it"
+            )
+    return found.model_copy(update={"state": at(found.state), "delegates": delegates})
+
+
+def _has_apscheduler() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("apscheduler") is not None
