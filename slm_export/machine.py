@@ -21,7 +21,9 @@ MACHINE_ERRNOS = _DISK_FULL | {
     errno.ESTALE,
 }
 # Native libraries raise types of their own, with the system's words somewhere inside.
-_DISK_WORDS = re.compile(r"no space left on device|os error 28|disk quota exceeded", re.IGNORECASE)
+_DISK_WORDS = re.compile(
+    r"no space left on device|os error 28|disk quota exceeded|file too large|os error 27", re.IGNORECASE
+)
 _MEMORY_WORDS = re.compile(
     r"can.?t allocate memory|cannot allocate memory|std::bad_alloc|out of memory", re.IGNORECASE
 )
