@@ -16,6 +16,7 @@ import click
 from slm_export import __version__, options
 from slm_export.cli_learning import LEARNING
 from slm_export.cli_measuring import MEASURING
+from slm_export.cli_privacy import PRIVACY
 from slm_export.cli_serving import SERVING
 from slm_export.errors import InputError, MachineError, SlmExportError, shown
 from slm_export.interrupts import catch_signals, ignore_signals, still_an_interrupt
@@ -142,7 +143,7 @@ def devices(name: str | None, as_json: bool) -> None:
     devices_command(name, as_json)
 
 
-for _command in (*MEASURING, *LEARNING, *SERVING):
+for _command in (*MEASURING, *LEARNING, *SERVING, *PRIVACY):
     cli.add_command(_command)
 
 
