@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import sys
 import threading
@@ -12,6 +13,7 @@ from contextlib import closing, contextmanager
 from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -23,8 +25,9 @@ from slm_export.delegates.job import prompt_of, work_off
 from slm_export.delegates.local import Answer
 from slm_export.delegates.routing import Machine, answer
 from slm_export.delegates.runner import Runner
+from slm_export.delegates.screening import Screen
 from slm_export.delegates.state import Event, State
-from slm_export.errors import InputError, MachineError
+from slm_export.errors import InputError, MachineError, MissingComponentError
 
 NOON = datetime(2026, 6, 1, 12, tzinfo=timezone.utc)
 DEADLINE_S = 120
@@ -37,6 +40,17 @@ output  = {{ {output} }}
 """
 OUT = 'file = "out.jsonl"'
 NEVER: Any = lambda *_: pytest.fail("it left this machine")  # noqa: E731
+
+
+def words(text: str) -> list[SimpleNamespace]:
+    """Find what is written in capitals."""
+    return [
+        SimpleNamespace(start=found.start(), end=found.end(), kind="NAME")
+        for found in re.finditer(r"\b[A-Z]{3,}\b", text)
+    ]
+
+
+SEES = Screen(lambda: words)
 
 
 def one(folder: Path, trigger: str, output: str = OUT, more: str = "") -> Delegates:
@@ -53,7 +67,14 @@ def run_once(found: Delegates, now: datetime = NOON, lines: tuple[str, ...] = ()
     """Run as the command does with --once; return what was said."""
     said: list[str] = []
     with open_state(found) as state:
-        given = {"bundles": Echo(), "clock": lambda: now, "lines": lines, "ask": NEVER, **more}
+        given = {
+            "bundles": Echo(),
+            "clock": lambda: now,
+            "lines": lines,
+            "ask": NEVER,
+            "screen": SEES,
+            **more,
+        }
         Runner(found, state, said.append, **given).run_once()
     return said
 
@@ -452,8 +473,66 @@ output  = { file = "out.jsonl" }
         state.record(Event("d", "1", "secret", "now", private=True))
         state.record(Event("d", "2", "open", "now"))
     said = run_once(found, ask=far)
-    assert said == ["d 1: failed: a private input, and no bundle to answer it here"]
+    assert said == ["d 1: failed: it must not leave (private), and no bundle is named to answer it here"]
     assert answers(tmp_path) == ["large: open"]
+
+
+WITH_BUNDLE = """
+[delegates.d]
+bundle  = "a-bundle"
+where   = "local-then-remote"
+rule    = { longer_than = 1 }
+remote  = { url = "https://api.example/v1", model = "large" }
+trigger = { stdin = true }
+output  = { file = "out.jsonl" }
+"""
+
+
+@pytest.mark.parametrize(
+    ("personal_data", "expected"),
+    [
+        ("", ["echo call ANNA or BERT or ANNA", "large: call somebody or other"]),
+        ("stay", ["echo call ANNA or BERT or ANNA", "large: call somebody or other"]),
+        ("replace", ["large: call <NAME_1> or <NAME_2> or <NAME_1>", "large: call somebody or other"]),
+        ("send", ["large: call ANNA or BERT or ANNA", "large: call somebody or other"]),
+    ],
+)
+def test_personal_data_leaves_as_is_said_alone(
+    personal_data: str, expected: list[str], tmp_path: Path
+) -> None:
+    said = f'where = "local-then-remote"\npersonal_data = "{personal_data}"' if personal_data else None
+    text = WITH_BUNDLE.replace('where   = "local-then-remote"', said) if said else WITH_BUNDLE
+    found = delegates(tmp_path, text)
+    run_once(found, lines=("call ANNA or BERT or ANNA", "call somebody or other"), ask=far)
+    assert answers(tmp_path) == expected
+    if personal_data in ("", "stay"):
+        with closing(State(Path(found.state))) as state:
+            assert [one.detail for one in state.last("d", 2)] == ["4 tokens are more than 1", "it holds NAME"]
+
+
+def test_a_net_that_is_not_there_is_told_before_anything_leaves(tmp_path: Path) -> None:
+    def missing() -> Any:
+        raise MissingComponentError("no net")
+
+    for text, lines in (
+        (WITH_BUNDLE, 0),
+        (WITH_BUNDLE.replace("where ", 'personal_data = "send"\nwhere '), 1),
+    ):
+        found = delegates(tmp_path, text)
+        if lines:
+            run_once(found, lines=("two words",), ask=far, screen=Screen(missing))
+            assert answers(tmp_path) == ["large: two words"]
+        else:
+            with pytest.raises(MissingComponentError, match="no net"):
+                run_once(found, lines=("two words",), ask=far, screen=Screen(missing))
+
+
+def test_the_anonymiser_sees_what_patterns_see() -> None:
+    screen = Screen()
+    text = "Write to anna.kowalska@example.com or pay to DE89 3704 0044 0532 0130 00."
+    assert {"EMAIL_ADDRESS", "IBAN_CODE"} <= set(screen.kinds(text))
+    assert "anna" not in screen.replaced(text)
+    assert screen.kinds("def add(first, second): return first + second") == ()
 
 
 def test_a_prompt_is_filled_in_one_pass(tmp_path: Path) -> None:

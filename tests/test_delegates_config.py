@@ -62,6 +62,11 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
             f'[delegates.sorter]\nwhere = "local-then-remote"\nrule = {{}}\n{REMOTE}',
             "says nothing",
         ),
+        (
+            "[delegates.sorter]\n",
+            '[delegates.sorter]\npersonal_data = "send"\n',
+            "personal_data is of use where inputs could leave alone",
+        ),
         ("[delegates.sorter]\n", '[delegates.sorter]\nprompt = "{txt}"\n', "prompt: unknown {txt}"),
         ('file = "out/sorted.jsonl"', 'command = "echo"', "must be a list"),
         ('file = "out/sorted.jsonl"', 'webhook = "ftp://x/y"', "is no http or https address"),

@@ -13,7 +13,7 @@ from rich.text import Text
 from slm_export.commands.terminal import print_json, stdout, working
 from slm_export.delegates.config import Delegate, Delegates, load_delegates
 from slm_export.delegates.state import State
-from slm_export.errors import InputError
+from slm_export.errors import InputError, MissingComponentError
 from slm_export.reports.words import printable
 
 
@@ -78,6 +78,7 @@ def _problems(delegate: Delegate) -> list[str]:
 
     from slm_export.bundles.bundle import read_manifest, verify_files
     from slm_export.delegates.remote import key_of
+    from slm_export.delegates.screening import Screen
     from slm_export.keras import bundle as keras_bundle
 
     found: list[str] = []
@@ -92,7 +93,9 @@ def _problems(delegate: Delegate) -> list[str]:
             found += [f"{folder}: {problem}" for problem in verify_files(folder)]
         if delegate.remote is not None:
             key_of(delegate.remote)
-    except InputError as error:
+        if delegate.screened:
+            Screen().ready()
+    except (InputError, MissingComponentError) as error:
         found.append(str(error))
     trigger, command = delegate.trigger, delegate.output.command
     if (

@@ -191,10 +191,17 @@ class Delegate(_Table):
     where: Literal["local", "remote", "local-then-remote"] = "local"
     private: bool = False
     """Inputs and answers never leave this machine."""
+    personal_data: Literal["stay", "replace", "send"] | None = None
+    """What becomes of an input that could leave and is found to hold personal data; by default it stays."""
     sampling: Sampling = Field(default_factory=Sampling)
     remote: Remote | None = None
     rule: Rule | None = None
     output: Output
+
+    @property
+    def screened(self) -> bool:
+        """Whether its inputs are looked through for personal data."""
+        return self.remote is not None and not self.private and self.personal_data != "send"
 
     @model_validator(mode="after")
     def _goes_together(self) -> Delegate:
@@ -204,6 +211,8 @@ class Delegate(_Table):
             raise ValueError("[remote] and where = 'remote' or 'local-then-remote' belong together")
         if (self.where == "local-then-remote") != (self.rule is not None):
             raise ValueError("[rule] and where = 'local-then-remote' belong together")
+        if self.personal_data is not None and (self.remote is None or self.private):
+            raise ValueError("personal_data is of use where inputs could leave alone")
         odd = set(re.findall(r"\{([a-z_]+)\}", self.prompt)) - set(PLACEHOLDERS)
         if odd:
             raise ValueError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from slm_export.delegates import outputs, remote, routing
-from slm_export.delegates.config import PLACEHOLDERS, Delegate
-from slm_export.delegates.local import Bundles
+from slm_export.delegates.config import PLACEHOLDERS, Delegate, Remote, Sampling
+from slm_export.delegates.local import Answer, Bundles
+from slm_export.delegates.screening import Screen
 from slm_export.delegates.state import State, Trigger
 from slm_export.errors import InputError, MissingComponentError, SlmExportError
 
@@ -39,6 +41,7 @@ def work_off(
     bundles: Bundles,
     wait: Wait,
     ask: routing.Ask = remote.ask,
+    screen: Screen | None = None,
 ) -> str | None:
     """Take a trigger one state further; return a line for people where something went wrong.
 
@@ -46,10 +49,7 @@ def work_off(
     """
     try:
         if trigger.answer is None:
-            private = delegate.private or trigger.private
-            if private and delegate.bundle is None:
-                raise InputError("a private input, and no bundle to answer it here")
-            found = routing.answer(delegate, prompt_of(delegate, trigger), private, bundles, ask)
+            found = _answer(delegate, trigger, bundles, ask, screen or Screen())
             state.answered(trigger.id, found.answer.text, found.answer.place, found.why)
         else:
             outputs.deliver(delegate.output, trigger, trigger.place or "local")
@@ -57,6 +57,26 @@ def work_off(
     except SlmExportError as error:
         return _failed(delegate, trigger, state, error, wait)
     return None
+
+
+def _answer(
+    delegate: Delegate, trigger: Trigger, bundles: Bundles, ask: routing.Ask, screen: Screen
+) -> routing.Answered:
+    """Answer a prompt; what is private, or found to hold personal data, is answered here."""
+    prompt, private = prompt_of(delegate, trigger), delegate.private or trigger.private
+    why = "private" if private else ""
+    if delegate.screened and not private and delegate.personal_data == "replace":
+
+        def replaced(to: Remote, text: str, sampling: Sampling) -> Answer:
+            return ask(to, screen.replaced(text), sampling)
+
+        return routing.answer(delegate, prompt, False, bundles, replaced)
+    if delegate.screened and not private and (kinds := screen.kinds(prompt)):
+        private, why = True, f"it holds {', '.join(kinds)}"
+    if private and delegate.bundle is None:
+        raise InputError(f"it must not leave ({why}), and no bundle is named to answer it here")
+    found = routing.answer(delegate, prompt, private, bundles, ask)
+    return dataclasses.replace(found, why=why) if private and delegate.remote is not None else found
 
 
 def _failed(delegate: Delegate, trigger: Trigger, state: State, error: SlmExportError, wait: Wait) -> str:

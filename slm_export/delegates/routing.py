@@ -53,7 +53,7 @@ def answer(
         return Answered(ask(delegate.remote, prompt, delegate.sampling))
     assert delegate.bundle is not None, "checked when the file is read, and for private inputs when they come"
     if delegate.rule is None or delegate.remote is None or private:
-        return Answered(_here(delegate, prompt, bundles), "private" if private and delegate.rule else "")
+        return Answered(_here(delegate, prompt, bundles))
     return _by_rule(delegate, delegate.rule, delegate.remote, prompt, bundles, ask, machine)
 
 

@@ -20,6 +20,7 @@ from slm_export.delegates.config import Delegate, Delegates
 from slm_export.delegates.job import work_off
 from slm_export.delegates.local import Bundles
 from slm_export.delegates.routing import Ask
+from slm_export.delegates.screening import Screen
 from slm_export.delegates.state import State
 from slm_export.errors import InputError, MachineError, MissingComponentError
 
@@ -48,10 +49,15 @@ class Runner:
         clock: sources.Clock = local_time,
         lines: Iterable[str] | None = None,
         ask: Ask = remote.ask,
+        screen: Screen | None = None,
     ) -> None:
         self._all, self._webhook, self._state, self._say = delegates.delegates, delegates.webhook, state, say
         self._bundles = Bundles() if bundles is None else bundles
         self._clock, self._ask = clock, ask
+        self._screen = Screen() if screen is None else screen
+        if any(one.screened for one in self._all.values()):
+            # A net that is not there is told before anything could fall.
+            self._screen.ready()
         self._lines = sys.stdin if lines is None else lines
         self._stop = threading.Event()
         self._news = {name: threading.Event() for name in self._all}
@@ -135,7 +141,9 @@ class Runner:
         trigger = self._state.next(name)
         if trigger is None:
             return False
-        problem = work_off(delegate, trigger, self._state, self._bundles, self._stop.wait, self._ask)
+        problem = work_off(
+            delegate, trigger, self._state, self._bundles, self._stop.wait, self._ask, self._screen
+        )
         if problem is not None:
             self._say(problem)
         return True
