@@ -21,6 +21,7 @@ from slm_export.generation import Sampling, generate
 from slm_export.judge import Subject, judge_artifact, self_check
 from slm_export.optimize import calibration_for, optimize, refuse_other_text
 from slm_export.parity import Stored, Trace, compare, judge_pairs
+from slm_export.probe import judge_opening
 from slm_export.progress import Progress
 from slm_export.recipe import make_pass
 from slm_export.registry import exporter
@@ -94,13 +95,21 @@ def _judge_all(
         made, path = exporter(entry.format), folder / entry.path
         task, context = manifest.model.task, _context(folder, manifest)
         subject = Subject(made, path, task, tokenizer, runner, documents, manifest.gates, context)
+        opens: tuple[Check, ...] = ()
+        if made.elsewhere is None:  # else no native code reads it
+            with progress.stage(f"try {entry.format}"):
+                opens = (judge_opening(entry.format, path, task),)
+            if not opens[0].passed:
+                checks[entry.format] = opens
+                continue
         if made_from is None:
             with progress.stage(f"open {entry.format}"):
                 judged = self_check(subject, trace=several)
             notes.append("fidelity was not measured: give --source MODEL")
         else:
             judged = judge_artifact(subject, made_from, progress, trace=several)
-        checks[entry.format] = (*_size(entry, manifest.gates), *judged.checks, *_accelerated(subject))
+        size = _size(entry, manifest.gates)
+        checks[entry.format] = (*opens, *size, *judged.checks, *_accelerated(subject))
         notes += judged.notes
         if judged.trace is not None:
             traces[entry.format], stored[entry.format] = judged.trace, made.stored(path)

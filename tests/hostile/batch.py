@@ -51,7 +51,7 @@ def outcomes(
                 child.stdin.write("\n".join(left))
                 child.stdin.close()
                 begun = None
-                for line in _lines(child, until):
+                for line in _lines(child, until, SILENCE_S * READERS[reader].patience):
                     said = json.loads(line)
                     if "begun" in said:
                         begun = said["begun"]
@@ -74,7 +74,7 @@ def outcomes(
             left.remove(begun)
 
 
-def _lines(child: subprocess.Popen[str], until: float | None) -> Iterator[str]:
+def _lines(child: subprocess.Popen[str], until: float | None, silence: float) -> Iterator[str]:
     """Yield lines as they come; none any more once the child is silent for too long, or the time is up."""
     assert child.stdout
     descriptor = child.stdout.fileno()
@@ -87,7 +87,7 @@ def _lines(child: subprocess.Popen[str], until: float | None) -> Iterator[str]:
         chunk = os.read(descriptor, 1 << 16).decode()
         if not chunk:
             return
-        longest = SILENCE_S
+        longest = silence
         *whole, rest = (rest + chunk).split("\n")
         yield from whole
 
@@ -160,7 +160,7 @@ def _serve(reader: Reader, good: Path, work: Path) -> None:
             print(json.dumps({"begun": given}), file=answers)
             changed = put(folder, given, reader)
             began = time.monotonic()
-            found = judged(reader.read, folder, watch)
+            found = judged(reader.read, folder, watch, reader.patience)
             print(json.dumps({**found, "seconds": round(time.monotonic() - began, 3)}), file=answers)
             renew(folder, own, [name for name in changed if (own / name).exists()])
 

@@ -121,13 +121,16 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
 
 
-def judged(read: Any, folder: Path, watch: Watch) -> dict[str, str]:
-    """Return what became of one input: ``{"outcome": "accepted" | "refused" | "defect", "what": ...}``."""
+def judged(read: Any, folder: Path, watch: Watch, patience: int = 1) -> dict[str, str]:
+    """Return what became of one input: ``{"outcome": "accepted" | "refused" | "defect", "what": ...}``.
+
+    Given   patience: how many times the limits of time it may take
+    """
     from slm_export.errors import SlmExportError, shown
 
     before = _start_of_peak()
     outcome, what = "accepted", ""
-    with watch.listening() as heard, _limits():
+    with watch.listening() as heard, _limits(patience):
         try:
             read(folder)
         except SlmExportError as error:
@@ -164,14 +167,14 @@ def _where() -> str:
 
 
 @contextmanager
-def _limits() -> Iterator[None]:
+def _limits(patience: int) -> Iterator[None]:
     def late(number: int, frame: FrameType | None) -> None:
         raise Hang
 
     signal.signal(signal.SIGPROF, late)
     signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_PROF, CPU_S)
-    signal.setitimer(signal.ITIMER_REAL, WALL_S)
+    signal.setitimer(signal.ITIMER_PROF, CPU_S * patience)
+    signal.setitimer(signal.ITIMER_REAL, WALL_S * patience)
     try:
         yield
     finally:
