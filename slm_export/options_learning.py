@@ -54,6 +54,21 @@ _DISTIL = (
         show_default=True,
         help="Share of steps on text that the student writes.",
     ),
+    *(
+        click.option(
+            f"--{name}",
+            type=click.FloatRange(min=0),
+            default=default,
+            show_default=True,
+            help=f"Weight of an encoder's loss on {what}; 0 leaves it out.",
+        )
+        for name, default, what in (
+            ("embedding", 1.0, "the vector of a text"),
+            ("contrastive", 0.1, "the likeness of texts to each other"),
+            ("hidden", 1.0, "the vectors of tokens, layer by layer"),
+            ("attention", 0.1, "the attention of the last layer"),
+        )
+    ),
 )
 _GRID = (
     click.option(

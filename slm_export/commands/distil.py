@@ -28,7 +28,7 @@ def distil_command(asked: dict[str, Any], as_json: bool) -> None:
 def _request(asked: dict[str, Any]) -> Any:
     from slm_export.budget.budget import parse_bytes
     from slm_export.learning.distil import Request
-    from slm_export.learning.distil_settings import DecoderLosses, DistilSettings
+    from slm_export.learning.distil_settings import DecoderLosses, DistilSettings, EncoderLosses
     from slm_export.learning.settings import Training
     from slm_export.learning.shapes import parse_shape
 
@@ -48,6 +48,9 @@ def _request(asked: dict[str, Any]) -> Any:
             divergence=asked["divergence"],
             top_k=asked["top_k"] or 0,
             on_policy=asked["on_policy"],
+        ),
+        encoder=EncoderLosses(
+            **{name: asked[name] for name in ("embedding", "contrastive", "hidden", "attention")}
         ),
         grid=grid_of(asked["for_bits"], asked["group_size"]),
     )

@@ -21,7 +21,7 @@ from slm_export.errors import InputError
 from slm_export.evaltext import load_documents, text_sha256
 from slm_export.learning import students
 from slm_export.learning.distil_decoder import DecoderLesson
-from slm_export.learning.distil_encoder import EncoderLesson
+from slm_export.learning.distil_encoder import EncoderLesson, refuse_unlike_widths
 from slm_export.learning.distil_settings import DistilSettings
 from slm_export.learning.fitting import shape_within
 from slm_export.learning.grid import OnGrid, put_on_grid, stored_as
@@ -100,7 +100,10 @@ def distil(request: Request, progress: Progress) -> tuple[Outcome, Path]:
         teacher = load(folder)
         students.refuse_long(teacher, settings.training.length)
         if request.student is not None:
-            students.refuse_unlike(teacher, load(request.student))
+            student = load(request.student)
+            students.refuse_unlike(teacher, student)
+            if teacher.task != GENERATION:
+                refuse_unlike_widths(teacher, student, settings.encoder)
         texts, given, parts = _texts(request, teacher)
     key = _key(request, folder, parts)
     with staged(request.out, request.force) as staging, place(key) as work:

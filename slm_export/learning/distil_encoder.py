@@ -57,7 +57,7 @@ class EncoderLesson:
     def loss(self, student: Model) -> Loss:
         """Return the weighted sum of losses; InputError where one cannot be taken of these two."""
         losses = self._settings.encoder
-        _refuse_unlike_widths(self._teacher, student, losses)
+        refuse_unlike_widths(self._teacher, student, losses)
         return EncoderLoss(self._teacher, student, losses)
 
     def measure(self, student: Model) -> Measure:
@@ -198,8 +198,8 @@ def _likeness_of_scores(
     return {"agreement": mean(same, counts, groups), "kl_to_teacher": mean(divergences, counts, groups)}
 
 
-def _refuse_unlike_widths(teacher: Model, student: Model, losses: EncoderLosses) -> None:
-    """Refuse losses that need equal widths or heads of two models that do not have them."""
+def refuse_unlike_widths(teacher: Model, student: Model, losses: EncoderLosses) -> None:
+    """Raise InputError for losses that need equal widths or heads of two models that do not have them."""
     ours, theirs = student.module.config, teacher.module.config
     width = ours.hidden_size, theirs.hidden_size
     heads = ours.num_attention_heads, theirs.num_attention_heads

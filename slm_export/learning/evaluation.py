@@ -75,11 +75,13 @@ def embeddings(module: nn.Module, pooling: Any, examples: Sequence[Example], pad
 def likeness(teacher: Tensor, student: Tensor, groups: Sequence[int]) -> dict[str, Interval]:
     """Return mean cosine, and the share of each text's ten nearest others that both find.
 
-    Given   vectors of the same texts, float32 (texts, width)
+    Given   vectors of the same texts, float32 (texts, width); no cosine where widths differ
     """
     ones = [1.0] * len(teacher)
-    cosine = F.cosine_similarity(teacher, student, dim=-1).tolist()
-    found = {"cosine": mean(cosine, ones, groups)}
+    found = {}
+    if teacher.shape == student.shape:
+        cosine = F.cosine_similarity(teacher, student, dim=-1).tolist()
+        found["cosine"] = mean(cosine, ones, groups)
     if len(teacher) > _RETRIEVED:
         ours, theirs = (_nearest(vectors) for vectors in (teacher, student))
         shared = (ours[:, :, None] == theirs[:, None, :]).any(-1).float().mean(1).tolist()
