@@ -113,6 +113,13 @@ def test_a_model_of_another_kind_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    asked = Request("model", tmp_path / "out", data=(tmp_path,))
+    with pytest.raises(InputError, match="without torchrun"):
+        adapt(asked, Progress(silent=True))
+
+
 def test_what_contradicts_itself_is_refused(tmp_path: Path, models: dict[str, Path]) -> None:
     plain = Request(
         str(models["decoder"]), tmp_path / "out", settings=AdaptSettings(training=Training(length=48))

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,8 @@ def typed(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
         # To the end of the shell, not of the pipe: the endpoint in the background writes to that.
         code = shell.wait(timeout=3600)
     finally:
-        os.killpg(shell.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGKILL)
     assert shell.stdout
     return subprocess.CompletedProcess(shell.args, code, shell.stdout.read(), (folder / "stderr").read_text())
 

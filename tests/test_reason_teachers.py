@@ -11,11 +11,11 @@ from reasoning import arithmetic, chat, endpoint, save_child, solved
 
 from slm_export.bundles.finished import CACHE_VARIABLE
 from slm_export.errors import InputError, MachineError, SlmExportError
-from slm_export.learning.asked import ask
+from slm_export.learning.asked import Kept, ask
 from slm_export.learning.endpoint import KEY_VARIABLE, Endpoint
 from slm_export.learning.local_teacher import LocalTeacher
 from slm_export.learning.problems import Problem
-from slm_export.learning.teaching import Question
+from slm_export.learning.teaching import Question, Solution
 from slm_export.progress import Progress
 
 QUIET = Progress(silent=True)
@@ -188,6 +188,16 @@ def test_a_damaged_store_of_answers_is_named(tmp_path: Path) -> None:
         store.write_bytes(b"not a database, but long enough to be taken for one" * 40)
         with pytest.raises(MachineError, match=store.name):
             ask(teacher, problems(2), 1, 0, QUIET)
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_a_full_disk_is_the_machines_failure(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def keep(self: Kept, question: Question, solution: Solution) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(Kept, "keep", keep)
+    with endpoint() as served, pytest.raises(MachineError, match=r"disk is full.*free some space"):
+        ask(Endpoint(served.url, at_once=at_once), problems(6), 1, 0, QUIET)
 
 
 def test_a_folder_teaches_the_same_each_time_however_it_is_interrupted(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from slm_export.learning.models import Model, load, save
 from slm_export.learning.objectives import Objective
 from slm_export.learning.outcome import Outcome, Row, write_outcome
 from slm_export.learning.places import Place, place
-from slm_export.learning.processes import rank, wait_for_all, world
+from slm_export.learning.processes import world
 from slm_export.learning.self_supervised import Causal, Masked
 from slm_export.learning.supervised import Classify, Embed, Generate, Tag
 from slm_export.learning.texts import Split, Texts, read_texts, split
@@ -85,9 +85,6 @@ def adapt(request: Request, progress: Progress) -> tuple[Outcome, Path]:
         size = model.parameters
         before = _measured_once(work, "before", objective, objective.start, progress)
         curve = _teach(objective, settings, work, progress)
-        if rank() != 0:
-            wait_for_all()
-            raise SystemExit(0)
         made = objective.result(objective.start)
         save(made, staging.path, settle(made, settings.grid, work))
         heads.tidy(made, staging.path)
@@ -118,7 +115,6 @@ def adapt(request: Request, progress: Progress) -> tuple[Outcome, Path]:
         write_outcome(outcome, staging.path)
         out = staging.commit()
         work.done()
-        wait_for_all()
     return outcome, out
 
 
@@ -132,9 +128,9 @@ def _refuse_mixtures(request: Request) -> None:
         raise InputError(
             f"--task {request.settings.task} learns from --labels FILE.jsonl, and from no --data"
         )
-    if request.settings.low_rank and world() > 1:
+    if world() > 1:
         raise InputError(
-            "--low-rank trains in one process: adapters are too small to share; start it without torchrun"
+            "adapt trains in one process, on a GPU where there is one; start it without torchrun"
         )
 
 
@@ -232,5 +228,4 @@ def _key(request: Request, folder: Path, matter: Matter) -> dict[str, Any]:
         "model": source_sha256(folder),
         "data": matter.parts.sha256,
         "settings": request.settings.recorded(),
-        "processes": world(),
     }

@@ -31,6 +31,7 @@ def write(
     """
     if not prompts:
         return []
+    model.module.to("cuda" if torch.cuda.is_available() else "cpu")
     ids, mask = _padded(prompts, model.tokenizer.pad_id)
     room = most if model.positions is None else min(most, model.positions - ids.shape[1])
     if room < 1:

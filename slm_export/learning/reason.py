@@ -82,8 +82,7 @@ def reason(request: Request, progress: Progress) -> tuple[Outcome, Path]:
         with progress.stage("read the child"):
             child = child_of(folder)
             _refuse_long(child, request)
-        teacher = _teacher(request)
-        given = collect(teacher, problems, judge, request.settings, child.tokenizer, progress)
+        given, teacher = _collected(request, child, problems, judge, progress)
         taught = lessons(given.selection.traces, child.tokenizer, request.settings.training.length)
         with place(_key(request, folder, problems, taught, judge)) as work:
             settings = request.settings
@@ -132,7 +131,7 @@ def _refuse_many_processes() -> None:
     if world() > 1:
         raise InputError(
             "reason runs in one process: every process would ask the teacher, and generate, for itself; start it "
-            "without torchrun (distil and adapt can be shared)"
+            "without torchrun"
         )
 
 
@@ -167,6 +166,15 @@ def _teacher(request: Request) -> ReasoningTeacher:
     if request.teacher_model is not None:
         raise InputError("--teacher-model names a model behind an endpoint, and the teacher is a folder")
     return LocalTeacher(find_model(request.teacher, None), **how)
+
+
+def _collected(
+    request: Request, child: Model, problems: Problems, judge: Judge, progress: Progress
+) -> tuple[Collected, dict[str, Any]]:
+    """Return what the teacher gave, and who it is; one in a folder is out of memory again then."""
+    teacher = _teacher(request)
+    given = collect(teacher, problems, judge, request.settings, child.tokenizer, progress)
+    return given, dict(teacher.identity)
 
 
 def _refuse_long(child: Model, request: Request) -> None:
@@ -227,9 +235,9 @@ def _held_out(problems: Problems, teacher: Score, before: Score, after: Score) -
     }
 
 
-def _lineage(folder: Path, teacher: ReasoningTeacher, request: Request) -> dict[str, Any]:
+def _lineage(folder: Path, teacher: dict[str, Any], request: Request) -> dict[str, Any]:
     return {
-        "teacher": dict(teacher.identity),
+        "teacher": teacher,
         "student": {"name": folder.resolve().name, "sha256": source_sha256(folder)},
         "problems": {"name": request.problems.name, "sha256": sha256_file(request.problems)},
     }
