@@ -213,3 +213,33 @@ def test_the_command_prints_one_document(
         "CC0-1.0",
         "classify",
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classify", "tag", "embed"])
+def test_a_new_head_goes_through_the_gate_of_an_export(
+    task: Task, encoder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    labels = jsonl(tmp_path / "labels.jsonl", rows(task))
+    command.main(
+        [
+            *("adapt", str(encoder), "--task", task, "--labels", str(labels), "--out", str(tmp_path / "out")),
+            *(
+                "--steps",
+                "60",
+                "--rate",
+                "3e-3",
+                "--length",
+                "48",
+                "--for-bits",
+                "8",
+                "--export",
+                "host",
+                "--json",
+            ),
+        ],
+        standalone_mode=False,
+    )
+    (exported,) = json.loads(capfd.readouterr().out)["exports"]
+    assert exported["model"]["learned"]["by"] == "adapt"
+    assert all(check["passed"] for result in exported["formats"] for check in result["checks"])
