@@ -132,6 +132,9 @@ def save(model: Model, out: Path, dtype: torch.dtype | None = None) -> None:
         model.module.save_pretrained(out, state_dict=state)
         model.module.config.dtype = torch.float32
         tidy_config(out)
+        mode = (out / "config.json").stat().st_mode
+        for file in out.glob("*.safetensors"):
+            file.chmod(mode)  # a temporary file's own is the owner's alone
         copy_beside(model.folder, out)
 
 
