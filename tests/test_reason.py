@@ -75,17 +75,18 @@ def test_a_child_is_tuned_and_its_folder_tells_how(request_: Request, child: Pat
     record = json.loads((out / "learning.json").read_text())["learned"]
     assert record["by"] == "reason"
     assert record["data_licence"] == "CC0-1.0"
-    assert record["data"] | {"rejected_examples": None} == {
+    assert record["data"] == {
         "solutions": 60,
         "kept": 30,
         "rejected": {"duplicate": 30},
-        "rejected_examples": None,
         "problems_without": 0,
         "too_long": 0,
         "examples": 30,
     }
     traces = [json.loads(line) for line in (out / "traces.jsonl").read_text().splitlines()]
     assert traces[0]["solution"] == arithmetic().solve(traces[0]["problem"])
+    rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert [row["reason"] for row in rejected] == ["duplicate"] * 3
     held_out = [json.loads(line)["problem"] for line in (out / "held_out.jsonl").read_text().splitlines()]
     assert len(held_out) == 10
     assert not {row["problem"] for row in traces} & set(held_out)

@@ -36,6 +36,8 @@ from slm_export.source.provenance import source_sha256
 
 TRACES = "traces.jsonl"
 """In the child's folder: what it was tuned on."""
+REJECTED = "rejected.jsonl"
+"""In the child's folder: some of each kind of solutions that it was not tuned on."""
 HELD_OUT = "held_out.jsonl"
 """In the child's folder: the problems that it was scored on."""
 
@@ -210,6 +212,7 @@ def _write_beside(
 ) -> None:
     """Write what the child learned from, what it was scored on, and text to judge its exports by."""
     finishing.write_rows(taught.rows, out / TRACES)
+    finishing.write_rows(given.selection.rejected_rows, out / REJECTED)
     rows = ({"problem": problem.text, "answer": problem.answer} for problem in problems.held_out)
     finishing.write_rows(rows, out / HELD_OUT)
     shown = given.held_out or [Trace(problem, problem.answer or "") for problem in problems.held_out]

@@ -38,18 +38,22 @@ class Selection:
     asked: int
     rejected: Mapping[str, int]
     examples: Mapping[str, tuple[Mapping[str, str], ...]]
-    """Some of each kind of rejected ones."""
+    """Some of each kind of rejected ones, to look at."""
     unsolved: int
     """Problems without any trace."""
 
+    @property
+    def rejected_rows(self) -> list[dict[str, str]]:
+        """The examples as rows: reason, problem, solution."""
+        return [{"reason": kind, **one} for kind, some in sorted(self.examples.items()) for one in some]
+
     def as_json(self) -> dict[str, Any]:
-        """Return what is recorded."""
+        """Return what is recorded: counts, no text of a problem, because it goes where a bundle goes."""
         return {
             "solutions": self.asked,
             "kept": len(self.traces),
             "rejected": dict(sorted(self.rejected.items())),
             "problems_without": self.unsolved,
-            "rejected_examples": {kind: list(some) for kind, some in sorted(self.examples.items())},
         }
 
 
