@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from slm_export.delegates.config import Delegates, Sampling, load_delegates
+from slm_export.delegates.config import Delegates, Nearest, Sampling, load_delegates
 from slm_export.delegates.local import Answer, Bundles
 
 BUNDLE = "a-bundle"
@@ -26,7 +26,9 @@ class Echo(Bundles):
     def tokens(self, bundle: str, format: str | None, prompt: str) -> int:
         return len(prompt.split())
 
-    def answer(self, bundle: str, format: str | None, prompt: str, sampling: Sampling) -> Answer:
+    def answer(
+        self, bundle: str, format: str | None, prompt: str, sampling: Sampling, nearest: Nearest | None = None
+    ) -> Answer:
         self._before(prompt)
         with self._counting:
             self.asked.append(prompt)

@@ -149,7 +149,7 @@ def test_a_bundle_that_is_served_elsewhere_answers_for_it(work: Path) -> None:
 def test_what_is_shown_and_checked(work: Path, quick_cli: Forked) -> None:
     done = quick_cli("delegate", "check", cwd=work)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "delegates.toml: 1 delegates are well\n"
+    assert done.stdout == "delegates.toml: 1 delegate, all well\n"
     done = quick_cli("delegate", "list", "--json", cwd=work)
     (row,) = json.loads(done.stdout)["delegates"]
     assert (row["delegate"], row["trigger"], row["where"], row["done"]) == ("writer", "stdin", "local", 0)

@@ -27,7 +27,7 @@ def run_command(file: Path, once: bool) -> None:
 
         with closing(State(Path(found.state))) as state:
             runner = Runner(found, state, progress.say)
-            progress.say(f"{len(found.delegates)} delegates; Ctrl-C ends them")
+            progress.say(f"{_many(found)}; Ctrl-C ends the run")
             if once:
                 before = {name: state.counts(name).get("failed", 0) for name in found.delegates}
                 runner.run_once()
@@ -70,16 +70,22 @@ def check_command(file: Path, as_json: bool) -> None:
     if as_json:
         print_json({"delegates": list(found.delegates), "problems": []})
     else:
-        click.echo(f"{file}: {len(found.delegates)} delegates are well")
+        click.echo(f"{file}: {_many(found)}, all well")
+
+
+def _many(found: Delegates) -> str:
+    return f"{len(found.delegates)} delegate{'s' * (len(found.delegates) != 1)}"
 
 
 def _problems(delegate: Delegate) -> list[str]:
     import shutil
 
     from slm_export.bundles.bundle import read_manifest, verify_files
+    from slm_export.delegates.nearest import Entries
     from slm_export.delegates.remote import key_of
     from slm_export.delegates.screening import Screen
     from slm_export.keras import bundle as keras_bundle
+    from slm_export.tomlfile import read_model
 
     found: list[str] = []
     try:
@@ -90,6 +96,8 @@ def _problems(delegate: Delegate) -> list[str]:
             manifest = read_manifest(folder)
             if delegate.format is not None:
                 manifest.artifact(delegate.format)
+            if delegate.nearest is not None:
+                read_model(Path(delegate.nearest.file), Entries)
             found += [f"{folder}: {problem}" for problem in verify_files(folder)]
         if delegate.remote is not None:
             key_of(delegate.remote)

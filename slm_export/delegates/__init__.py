@@ -5,6 +5,7 @@ state.py     what was triggered and what came of it, in SQLite: nothing is lost,
 schedule.py  when a schedule is due, also after a standstill or a change of the clock
 sources.py   clock, files and lines, looked at and recorded; files.py: which files changed; webhook.py: requests
 local.py     a bundle's answer; remote.py: an endpoint's; routing.py: which of them
+nearest.py   the nearest of known texts, for embedding models
 screening.py  personal data in what could leave
 outputs.py   where an answer goes
 job.py       one trigger from its record to its delivery

@@ -132,6 +132,16 @@ class Sampling(_Table):
     seed: int = 0
 
 
+class Nearest(_Table):
+    """How an embedding model answers: with the answer of the nearest entry."""
+
+    file: Text
+    least: float = Field(default=0.0, ge=-1, le=1)
+    """The least cosine of an entry that is near enough."""
+    otherwise: str = ""
+    """The answer where none is."""
+
+
 class Remote(_Table):
     """An OpenAI-compatible endpoint."""
 
@@ -149,7 +159,8 @@ class Rule(_Table):
     longer_than: int | None = Field(default=None, ge=1)
     """Tokens of the input."""
     confidence_below: float | None = Field(default=None, gt=0, le=1)
-    """Of the local answer: the best label's score, or the mean probability of the likeliest token at each step."""
+    """Of the local answer: the best label's score, the nearest entry's cosine, or the mean probability of the likeliest
+    token at each step."""
     busy_above: float | None = Field(default=None, gt=0)
     """Load average for each core."""
     hotter_than: float | None = Field(default=None, gt=0)
@@ -191,6 +202,8 @@ class Delegate(_Table):
     where: Literal["local", "remote", "local-then-remote"] = "local"
     private: bool = False
     """Inputs and answers never leave this machine."""
+    nearest: Nearest | None = None
+    """Of an embedding model."""
     personal_data: Literal["stay", "replace", "send"] | None = None
     """What becomes of an input that could leave and is found to hold personal data; by default it stays."""
     sampling: Sampling = Field(default_factory=Sampling)
@@ -211,6 +224,8 @@ class Delegate(_Table):
             raise ValueError("[remote] and where = 'remote' or 'local-then-remote' belong together")
         if (self.where == "local-then-remote") != (self.rule is not None):
             raise ValueError("[rule] and where = 'local-then-remote' belong together")
+        if self.nearest is not None and self.bundle is None:
+            raise ValueError("nearest needs a bundle, of an embedding model")
         if self.personal_data is not None and (self.remote is None or self.private):
             raise ValueError("personal_data is of use where inputs could leave alone")
         odd = set(re.findall(r"\{([a-z_]+)\}", self.prompt)) - set(PLACEHOLDERS)
@@ -275,14 +290,17 @@ def load_delegates(path: Path) -> Delegates:
     def at(text: str | None) -> str | None:
         return None if text is None else str(folder / text)
 
-    def placed(one: Delegate) -> Delegate:
+    def with_paths(one: Delegate) -> Delegate:
         trigger = one.trigger.model_copy(
             update={key: at(getattr(one.trigger, key)) for key in ("watch", "read")}
         )
         output = one.output.model_copy(update={"file": at(one.output.file)})
-        return one.model_copy(update={"bundle": at(one.bundle), "trigger": trigger, "output": output})
+        nearest = one.nearest and one.nearest.model_copy(update={"file": at(one.nearest.file)})
+        return one.model_copy(
+            update={"nearest": nearest, "bundle": at(one.bundle), "trigger": trigger, "output": output}
+        )
 
-    delegates = {name: placed(one) for name, one in found.delegates.items()}
+    delegates = {name: with_paths(one) for name, one in found.delegates.items()}
     for name, one in delegates.items():
         if one.bundle is not None and not Path(one.bundle, "manifest.json").is_file():
             raise InputError(

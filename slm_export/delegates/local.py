@@ -8,14 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from slm_export.answers import lines
-from slm_export.delegates.config import Sampling
+from slm_export.delegates.config import Nearest, Sampling
+from slm_export.delegates.nearest import Embedded, embedded
+from slm_export.errors import InputError
 from slm_export.generation import Sampling as TokenSampling
 from slm_export.opened import OpenBundle, open_bundle
 from slm_export.runtime import DecoderSession
-from slm_export.source.tasks import GENERATION
+from slm_export.source.tasks import EMBEDDING, GENERATION
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Bundles:
     def __init__(self, open_one: Callable[[Path, str | None], OpenBundle] = open_bundle) -> None:
         self._open = open_one
         self._lock = threading.Lock()
+        self._entries: dict[tuple[object, ...], Embedded] = {}
         self._opened: dict[tuple[str, str | None], tuple[OpenBundle, threading.Lock]] = {}
 
     def tokens(self, bundle: str, format: str | None, prompt: str) -> int:
@@ -42,15 +46,19 @@ class Bundles:
         with lock:
             return len(opened.tokenizer.encode_with_template(prompt))
 
-    def answer(self, bundle: str, format: str | None, prompt: str, sampling: Sampling) -> Answer:
+    def answer(
+        self, bundle: str, format: str | None, prompt: str, sampling: Sampling, nearest: Nearest | None = None
+    ) -> Answer:
         """Return the answer of a bundle.
 
         Raises:
-            InputError: the prompt does not fit.
+            InputError: the prompt does not fit, or the entries are not for this model.
             GateError: the bundle is not what was written.
         """
         opened, lock = self._get(bundle, format)
         with lock:
+            if nearest is not None:
+                return self._nearest(opened, (bundle, format), prompt, nearest)
             if opened.manifest.model.task != GENERATION:
                 found = opened.answer(prompt)
                 return Answer("\n".join(lines(found)), "local", _score(found))
@@ -68,12 +76,31 @@ class Bundles:
                     opened.close()
             self._opened.clear()
 
+    def _nearest(
+        self, opened: OpenBundle, key: tuple[str, str | None], prompt: str, nearest: Nearest
+    ) -> Answer:
+        if opened.manifest.model.task != EMBEDDING:
+            raise InputError(
+                f"nearest is for models of embeddings, and {key[0]} is one for {opened.manifest.model.task}"
+            )
+        path = Path(nearest.file)
+        # Read again once it is another.
+        entries = (key, nearest.file, path.stat().st_mtime_ns if path.is_file() else 0)
+        if entries not in self._entries:
+            self._entries[entries] = embedded(path, lambda text: _vector(opened, text))
+        answer, cosine = self._entries[entries].nearest(_vector(opened, prompt))
+        return Answer(answer if cosine >= nearest.least else nearest.otherwise, "local", cosine)
+
     def _get(self, bundle: str, format: str | None) -> tuple[OpenBundle, threading.Lock]:
         with self._lock:
             key = (bundle, format)
             if key not in self._opened:
                 self._opened[key] = (self._open(Path(bundle), format), threading.Lock())
             return self._opened[key]
+
+
+def _vector(opened: OpenBundle, text: str) -> Tensor:
+    return torch.tensor(opened.answer(text)["embedding"])
 
 
 def _score(answered: Mapping[str, Any]) -> float | None:

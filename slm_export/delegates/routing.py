@@ -104,4 +104,4 @@ def _after(rule: Rule, local: Answer) -> str | None:
 
 def _here(delegate: Delegate, prompt: str, bundles: Bundles) -> Answer:
     assert delegate.bundle is not None
-    return bundles.answer(delegate.bundle, delegate.format, prompt, delegate.sampling)
+    return bundles.answer(delegate.bundle, delegate.format, prompt, delegate.sampling, delegate.nearest)
