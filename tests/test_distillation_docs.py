@@ -14,7 +14,7 @@ def test_the_walk_of_distil_ends_in_a_verified_bundle(tmp_path: Path) -> None:
     done = typed("distil", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "How it was taught" in done.stdout
-    assert "artifact, executorch" in done.stdout
+    assert "artifact" in done.stdout
     learned = json.loads((tmp_path / "child-android" / "manifest.json").read_text())["model"]["learned"]
     assert [row["name"] for row in learned["rows"]] == ["teacher", "child before", "child after"]
     before, after = (row["figures"]["perplexity"]["value"] for row in learned["rows"][1:])

@@ -15,13 +15,18 @@ def distil_command(asked: dict[str, Any], as_json: bool) -> None:
     with working() as progress:
         from slm_export.compilation import make_plan
         from slm_export.learning.distil import distil
+        from slm_export.learning.processes import rank
+        from slm_export.progress import Progress
 
         request = _request(asked)
         made = exported(request.out, exports, request.force, stored(request.settings.grid))
         plans = [make_plan(each) for each in made]
         for plan in plans:
             plan.ready()
-        outcome, out = distil(request, progress)
+        taught = distil(request, progress if rank() == 0 else Progress(silent=True))
+        if taught is None:
+            return
+        outcome, out = taught
         show_outcome(outcome, out, plans, progress, as_json)
 
 

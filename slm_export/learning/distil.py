@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from slm_export.bundles.bundle import staged
+from slm_export.bundles.bundle import Staging, staged
 from slm_export.driver import versions
 from slm_export.errors import InputError
 from slm_export.evaltext import load_documents, text_sha256
@@ -87,8 +88,10 @@ class Lesson(Protocol):
         """Return the figures of a model on all held-out examples: name -> `measures.Interval`."""
 
 
-def distil(request: Request, progress: Progress) -> tuple[Outcome, Path]:
+def distil(request: Request, progress: Progress) -> tuple[Outcome, Path] | None:
     """Teach a student, and put it in its place; nothing is left there unless all went well.
+
+    Of several processes (torchrun) the first one writes and returns the outcome, the others return None.
 
     Raises:
         SlmExportError: whatever a user can cause or mend.
@@ -106,7 +109,7 @@ def distil(request: Request, progress: Progress) -> tuple[Outcome, Path]:
                 refuse_unlike_widths(teacher, student, settings.encoder)
         texts, given, parts = _texts(request, teacher)
     key = _key(request, folder, parts)
-    with staged(request.out, request.force) as staging, place(key) as work:
+    with _destination(request) as staging, place(key) as work:
         lesson = _lesson(teacher, settings, parts, progress)
         before = work.once("student", lambda path: _begin(request, teacher, lesson, work, path, progress))
         notes = [*parts.notes, *json.loads((work.folder / _NOTES).read_text(encoding="utf-8"))]
@@ -117,9 +120,9 @@ def distil(request: Request, progress: Progress) -> tuple[Outcome, Path]:
                 Row("child before", student.parameters, lesson.figures(student)),
             ]
         curve = _teach(lesson, student, settings, work, progress)
-        if rank() != 0:
+        if staging is None:
             wait_for_all()
-            raise SystemExit(0)
+            return None
         after = _saved(student, settings, staging.path)
         with progress.stage("measure the child"):
             rows.append(Row("child after", after.parameters, lesson.figures(after)))
@@ -145,6 +148,16 @@ def distil(request: Request, progress: Progress) -> tuple[Outcome, Path]:
         work.done()
         wait_for_all()
         return outcome, place_of
+
+
+@contextmanager
+def _destination(request: Request) -> Iterator[Staging | None]:
+    """Yield where the child is written; None in every process but the first."""
+    if rank() != 0:
+        yield None
+        return
+    with staged(request.out, request.force) as staging:
+        yield staging
 
 
 def _texts(request: Request, teacher: Model) -> tuple[Texts, Texts | None, Split]:

@@ -12,11 +12,13 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from slm_export.errors import InputError
-from slm_export.learning.processes import rank, world
+from slm_export.learning.processes import rank, wait_for_all, world
 from slm_export.learning.settings import Training
+from slm_export.learning.sharding import read_state, write_state
 
 _KEPT = 2
 """Checkpoints: while one is written, the one before is complete."""
+_SCHEDULER = "scheduler.pt"
 _LOGGED = 200
 """Points of a curve, about."""
 
@@ -73,6 +75,9 @@ class Loop(Trainer):  # type: ignore[misc]  # transformers has no types
         self._loss = loss
         # Otherwise it would scale by counts of labels that only its own losses know of.
         self.model_accepts_loss_kwargs = False
+        if world() > 1:
+            # Shared out already: accelerate would make a copy for every process of it.
+            self.accelerator.prepare_model = lambda model, *_, **__: model
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         """Return the loss of a batch."""
@@ -90,8 +95,29 @@ class Loop(Trainer):  # type: ignore[misc]  # transformers has no types
             self.log(found)
         return found
 
-    def gather(self) -> None:
-        """Bring the weights of all processes together in the module; nothing to do in a single one."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the weights of a checkpoint; shared out, they are written with the optimizer."""
+        if world() == 1:
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if world() == 1:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        write_state(self.model, self.optimizer.optimizer, Path(output_dir))
+        if rank() == 0:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if world() == 1:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if world() == 1:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            read_state(self.model, self.optimizer.optimizer, Path(checkpoint))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True))
 
 
 class Manners(TrainerCallback):  # type: ignore[misc]  # transformers has no types
@@ -113,6 +139,7 @@ class Manners(TrainerCallback):  # type: ignore[misc]  # transformers has no typ
         self._teaching.stepped(int(state.global_step))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Mark what has been written whole."""
+        """Mark what has been written whole, by all processes."""
+        wait_for_all()
         if rank() == 0:
             self._mark(Path(args.output_dir) / f"checkpoint-{state.global_step}")

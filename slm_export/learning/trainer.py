@@ -4,7 +4,8 @@ A run is decided by its examples, settings and seed: killed at any moment and st
 complete checkpoint and ends in the same bytes. That is why the order of examples is written out beforehand, and why a
 checkpoint has a mark that is made after everything else of it is on the disk.
 
-Started by torchrun, every process takes its share of each batch.
+Started by torchrun, every process takes its share of each batch, and parameters, gradients and the optimizer's state
+are shared out; see `sharding`.
 """
 
 from __future__ import annotations
@@ -114,11 +115,15 @@ def train(
     began = time.monotonic()
     order = _order(len(examples), training)
     with progress.stage(name, total=training.steps) as stage, machine_errors(name, folder), _quiet():
-        trainer = _trainer(module, _Ordered(examples, order), loss, training, folder, pad_id, fixed)
+        learner = _learner(module)
+        trainer = _trainer(learner, _Ordered(examples, order), loss, training, folder, pad_id, fixed)
         trainer.teaching.begin(stage, measure, tuple(watchers))
         resumed = _last_complete(folder)
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-        trainer.gather()
+        if learner is not module:
+            from slm_export.learning.sharding import gathered
+
+            gathered(learner, module)
     module.eval()
     tokens = sum(len(examples[index]["input_ids"]) for index in order)
     at = None if resumed is None else int(resumed.name.rpartition("-")[2])
@@ -216,6 +221,15 @@ def _last_complete(folder: Path) -> Path | None:
                 shutil.rmtree(path, ignore_errors=True)
     wait_for_all()
     return found[max(found)] if found else None
+
+
+def _learner(module: nn.Module) -> nn.Module:
+    """Return what is trained: the module itself, or of several processes a copy that is shared out."""
+    if world() == 1:
+        return module
+    from slm_export.learning.sharding import shared_out
+
+    return shared_out(module)
 
 
 def _require_accelerate() -> None:
