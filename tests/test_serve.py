@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import urllib.error
@@ -15,6 +16,7 @@ import families
 import openai
 import pytest
 import torch
+from conftest import ROOT
 from forked import Forked
 from serving import UNQUANTIZED, Served, save_chat_model, serving
 
@@ -130,6 +132,26 @@ def test_models_are_listed(chat: Served) -> None:
     assert client(chat).models.retrieve(chat.model).id == chat.model
     with pytest.raises(openai.NotFoundError, match=f"no model 'gpt' here; this server has '{chat.model}'"):
         client(chat).models.retrieve("gpt")
+
+
+def test_the_example_of_the_page_runs(
+    chat: Served, source: Source, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    found = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert found
+    code = found[1]
+    here = {
+        "http://127.0.0.1:8080/v1": chat.url,
+        "pycode-5m": chat.model,
+        "max_tokens=64": "max_tokens=6, temperature=0",
+    }
+    for there, ours in here.items():
+        assert there in code
+        code = code.replace(there, ours)
+    exec(code, {})
+    ids = source.tokenizer("def fibonacci(n):")["input_ids"]
+    assert capsys.readouterr().out == source.writes(ids, 6)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,9 @@ class Runner:
                 self.stop()
                 for thread in workers:
                     thread.join(_JOIN_S)
-                self._bundles.close()
+                # One that is still at a step has its bundle; it is let go of with the process.
+                if not any(thread.is_alive() for thread in workers):
+                    self._bundles.close()
         if self._problems:
             raise self._problems[0]
 
