@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from slm_export import __version__, options
+from slm_export.cli_adapter import ADAPTER
 from slm_export.cli_learning import LEARNING
 from slm_export.cli_measuring import MEASURING
 from slm_export.cli_privacy import PRIVACY
@@ -143,7 +144,7 @@ def devices(name: str | None, as_json: bool) -> None:
     devices_command(name, as_json)
 
 
-for _command in (*MEASURING, *LEARNING, *SERVING, *PRIVACY):
+for _command in (*MEASURING, *LEARNING, *SERVING, *PRIVACY, *ADAPTER):
     cli.add_command(_command)
 
 
