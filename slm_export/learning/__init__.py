@@ -11,6 +11,9 @@ One module per matter; what a new way of teaching builds on is this:
     places      `place(key)`: a folder for unfinished work, found again after a kill, removed when the work is done
     measures    `Interval`: a mean with its confidence interval, by bootstrap over documents
     evaluation  `perplexity(...)`, `divergence(...)`, `likeness(...)`: figures of a model on held-out text
+    updating    `update(model, examples, loss, ...)`: as a whole, by low-rank adapters, or on the grid; `settle(...)`
+    heads       `with_head(model, task, labels)`: another head on an encoder
+    finishing   what lies beside the weights: held-out text, licences, a card
     outcome     `Outcome` -> learning.json and learning.html beside the model
 
 An example is a mapping from names to lists of whole numbers, of which ``input_ids`` is one; a batch is the same as
