@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 from delegating import delegates, written
 
-from slm_export.delegates.config import duration_s, load_delegates
+from slm_export.delegates.config import load_delegates
+from slm_export.delegates.triggers import duration_s
 from slm_export.errors import InputError
 
 GOOD = """

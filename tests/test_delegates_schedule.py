@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm_export.delegates.config import Trigger
 from slm_export.delegates.schedule import LATE, MOST, Due, due
+from slm_export.delegates.triggers import Trigger
 
 UTC = timezone.utc
 BERLIN = ZoneInfo("Europe/Berlin")

@@ -1,6 +1,6 @@
 """Delegates: small standing jobs of a bundled model, each with a trigger, a place to run and a place for its answer.
 
-config.py    delegates.toml, strict
+config.py    delegates.toml, strict; triggers.py: what sets a delegate off
 state.py     what was triggered and what came of it, in SQLite: nothing is lost, nothing is done twice
 schedule.py  when a schedule is due, also after a standstill or a change of the clock
 sources.py   clock, files and lines, looked at and recorded; files.py: which files changed; webhook.py: requests

@@ -15,39 +15,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from slm_export.delegates.triggers import Duration, Table, Text, Trigger, exactly_one
 from slm_export.errors import InputError
 from slm_export.network import is_loopback
 from slm_export.tomlfile import read_model
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d)")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 PLACEHOLDERS = ("text", "path", "time")
-Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
-
-
-def duration_s(text: str) -> float:
-    """Return the seconds of ``90s``, ``10m``, ``1.5h`` or ``2d``; ValueError for anything else."""
-    found = _DURATION.fullmatch(text.strip())
-    seconds = float(found[1]) * _SECONDS[found[2]] if found else 0.0
-    if seconds < 1:
-        raise ValueError(f"{text!r} is no duration of a second or more; write 90s, 10m, 1.5h or 2d")
-    return seconds
-
-
-def _cron(text: str) -> str:
-    from apscheduler.triggers.cron import CronTrigger
-
-    try:
-        CronTrigger.from_crontab(text)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{text!r} is no cron expression of five fields: {error}") from None
-    if any(character.isdigit() for character in text.split()[4]):
-        # cron counts from Sunday and APScheduler from Monday
-        raise ValueError(f"{text!r}: write days of the week as names, mon to sun")
-    return text
 
 
 def _url(text: str) -> str:
@@ -57,73 +33,10 @@ def _url(text: str) -> str:
     return text
 
 
-def _duration(text: str) -> str:
-    duration_s(text)
-    return text
-
-
-Duration = Annotated[str, AfterValidator(_duration)]
 Url = Annotated[str, AfterValidator(_url)]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
-
-
-def _exactly_one(table: BaseModel, names: tuple[str, ...]) -> None:
-    given = [name for name in names if getattr(table, name) not in (None, False)]
-    if len(given) != 1:
-        raise ValueError(f"needs exactly one of {', '.join(names)}; it has {', '.join(given) or 'none'}")
-
-
-class Trigger(_Table):
-    """What sets a delegate off; exactly one of the first five."""
-
-    cron: Annotated[str, AfterValidator(_cron)] | None = None
-    """Five fields, in the machine's time zone."""
-    every: Duration | None = None
-    watch: Text | None = None
-    """A file, or a folder whose files are looked at."""
-    webhook: bool = False
-    """``POST /delegates/NAME``."""
-    stdin: bool = False
-    """Every line of standard input."""
-    match: Text = "*"
-    """Of a watched folder: files of such names."""
-    existing: bool = False
-    """Whether files count that were there before the delegate's first run."""
-    read: Text | None = None
-    """Of a schedule: a file whose text is the input."""
-    missed: Literal["once", "all", "skip"] = "once"
-    """Of a schedule: what becomes of times at which nothing ran."""
-    overlap: Literal["queue", "skip"] = "queue"
-    """Of a schedule: what becomes of a time at which the one before is still at work."""
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Trigger:
-        _exactly_one(self, ("cron", "every", "watch", "webhook", "stdin"))
-        of_schedules = {"read", "missed", "overlap"} & self.model_fields_set
-        if of_schedules and not self.scheduled:
-            raise ValueError(f"{sorted(of_schedules)[0]} is of use with cron and every alone")
-        if {"match", "existing"} & self.model_fields_set and self.watch is None:
-            raise ValueError("match and existing are of use with watch alone")
-        return self
-
-    @property
-    def scheduled(self) -> bool:
-        """Whether time sets it off."""
-        return self.cron is not None or self.every is not None
-
-    def __str__(self) -> str:
-        """Return it in words."""
-        if self.watch is not None:
-            return f"watch {self.watch}"
-        if self.scheduled:
-            return f"cron {self.cron}" if self.cron else f"every {self.every}"
-        return "webhook" if self.webhook else "stdin"
-
-
-class Sampling(_Table):
+class Sampling(Table):
     """How the answer's tokens are chosen."""
 
     temperature: float = Field(default=0.0, ge=0, le=2)
@@ -132,7 +45,7 @@ class Sampling(_Table):
     seed: int = 0
 
 
-class Nearest(_Table):
+class Nearest(Table):
     """How an embedding model answers: with the answer of the nearest entry."""
 
     file: Text
@@ -142,7 +55,7 @@ class Nearest(_Table):
     """The answer where none is."""
 
 
-class Remote(_Table):
+class Remote(Table):
     """An OpenAI-compatible endpoint."""
 
     url: Url
@@ -153,7 +66,7 @@ class Remote(_Table):
     retries: int = Field(default=2, ge=0, le=10)
 
 
-class Rule(_Table):
+class Rule(Table):
     """When a delegate that is ``local-then-remote`` asks the endpoint; any one of them is enough."""
 
     longer_than: int | None = Field(default=None, ge=1)
@@ -173,7 +86,7 @@ class Rule(_Table):
         return self
 
 
-class Output(_Table):
+class Output(Table):
     """Where the answer goes; exactly one of the first four."""
 
     file: Text | None = None
@@ -187,11 +100,11 @@ class Output(_Table):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Output:
-        _exactly_one(self, ("file", "stdout", "webhook", "command"))
+        exactly_one(self, ("file", "stdout", "webhook", "command"))
         return self
 
 
-class Delegate(_Table):
+class Delegate(Table):
     """One standing job."""
 
     bundle: Text | None = None
@@ -247,7 +160,7 @@ class Delegate(_Table):
         return self
 
 
-class Webhook(_Table):
+class Webhook(Table):
     """Where requests come in."""
 
     port: int = Field(default=8081, ge=0, le=65535)
@@ -255,7 +168,7 @@ class Webhook(_Table):
     """The variable with the token that they bring."""
 
 
-class Delegates(_Table):
+class Delegates(Table):
     """The whole file; paths are absolute here."""
 
     state: Text = "delegates.sqlite"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from slm_export.delegates.config import Trigger
+from slm_export.delegates.triggers import Trigger
 
 LARGEST = 1 << 20
 """Bytes of an input."""

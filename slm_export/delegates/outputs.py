@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from slm_export.delegates.config import Output, duration_s
+from slm_export.delegates.config import Output
 from slm_export.delegates.state import Trigger
+from slm_export.delegates.triggers import duration_s
 from slm_export.errors import MachineError
 from slm_export.network import is_loopback
 

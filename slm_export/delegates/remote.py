@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from urllib.parse import urlsplit
 
-from slm_export.delegates.config import Remote, Sampling, duration_s
+from slm_export.delegates.config import Remote, Sampling
 from slm_export.delegates.local import Answer
+from slm_export.delegates.triggers import duration_s
 from slm_export.errors import InputError, MachineError, MissingComponentError
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from apscheduler.triggers.cron import CronTrigger
 
-from slm_export.delegates.config import Trigger, duration_s
+from slm_export.delegates.triggers import Trigger, duration_s
 
 LATE = timedelta(seconds=60)
 """A time that was due this long ago was missed."""
