@@ -4,9 +4,10 @@
 
 The child is examples/pycode-5m with half its layers and fewer neurons. For as many tokens each, in the same order, it
 learns with its teacher; alone, from the same cut weights; alone, from random weights. Then the taught child learns on
-for as many steps again, in floats and on the grid of int4, and what the export stores of both is measured. Training
-text is Python's standard library, held-out text the files that the teacher has not seen either (heldout.tsv), without
-those that share a run of 13 words with the training text. Writes decoders.json and plots; one thread.
+for as many steps again, in floats and (from half way on) on the grid of int4, and what the export stores of both is
+measured. Training text is Python's standard library, held-out text the files that the teacher has not seen either
+(heldout.tsv), without those that share a run of 13 words with the training text. Writes decoders.json and plots; one
+thread.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ class Bench:
     def quantized(self, taught: Path) -> None:
         """Teach the child for longer, in floats and on the grid, and compare what is stored of both."""
         more = self.training_of(self.given.more_steps, 5e-4)
-        checkpoint, grid = load_checkpoint(taught), Grid(bits=4, begins=0.0)
+        checkpoint, grid = load_checkpoint(taught), Grid(bits=4)
         stored = stored_as(checkpoint, grid)
         floats = self.learn("on in floats", load(taught), self.loss, more)
         plain = self.say("taught on, in floats", floats)
