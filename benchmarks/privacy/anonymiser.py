@@ -68,9 +68,10 @@ def table(finder: Finder, misses: bool = False) -> Iterator[str]:
 
 def labelled() -> Iterator[tuple[str, list[Span]]]:
     """Yield texts, and what is labelled in them."""
-    for line in LABELLED.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#") or not line:
+    for stored in LABELLED.read_text(encoding="utf-8").splitlines():
+        if stored.startswith("#") or not stored:
             continue
+        line = stored.replace("¦", "")
         text, labels, at = "", [], 0
         for match in _MARK.finditer(line):
             text += line[at : match.start()]
