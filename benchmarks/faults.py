@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "faults")]
 
-from catalogue import FAULTS  # noqa: E402
+from every_fault import FAULTS  # noqa: E402
 from fault import FORMATS  # noqa: E402
 from workshop import Workshop  # noqa: E402
 

@@ -159,7 +159,7 @@ def test_the_table_has_a_column_for_each_and_one_for_the_ratio() -> None:
         ("broken.pte", {}, InputError, "ExecuTorch cannot load it"),
         ("ours.pte", {"prefill": (48,)}, InputError, "--prefill 48: the artifact has room for 47 tokens"),
         ("ours.pte", {"format": "litert"}, InputError, "is executorch, not litert"),
-        ("ours.pte", {"device": "phone"}, InputError, "--device: belongs to a device"),
+        ("ours.pte", {"devices": ("phone",)}, InputError, "--device: belongs to a device"),
         ("ours.pte", {"runner": "llama_main"}, InputError, "--runner: belongs to a device"),
         ("Model.mlpackage", {}, MissingComponentError, "nothing can be timed on this machine"),
     ],

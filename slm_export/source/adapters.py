@@ -24,11 +24,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slm_export import __version__
 from slm_export.bundles.checksums import sha256_file
-from slm_export.bundles.finished import cache_folder, remove_forgotten
 from slm_export.errors import InputError, MissingComponentError
 from slm_export.jsonfile import read_object
 from slm_export.machine import machine_errors
-from slm_export.source.architecture import read_architecture
 
 CONFIG = "adapter_config.json"
 MERGED = "merged_adapter.json"
@@ -104,6 +102,9 @@ def merged(folder: Path, base: Path) -> Path:
         MachineError: the disk is full, or memory is.
         MissingComponentError: peft is not installed.
     """
+    # Not at the top: `plan` reads names alone, and waits for no torch.
+    from slm_export.bundles.finished import cache_folder, remove_forgotten
+
     if not (folder / _WEIGHTS).is_file():
         raise InputError(f"{folder}: no {_WEIGHTS}; save the adapter with peft's save_pretrained")
     sha256 = hashlib.sha256(f"{sha256_file(folder / CONFIG)} {sha256_file(folder / _WEIGHTS)}".encode())
@@ -206,6 +207,8 @@ def _merge(folder: Path, base: Path, config: Any, out: Path) -> None:
     import peft
     import torch
     from safetensors.torch import load_file
+
+    from slm_export.source.architecture import read_architecture
 
     architecture = read_architecture(base)
     _refuse_another_task(folder, config, architecture.name)

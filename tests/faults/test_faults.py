@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from catalogue import FAULTS
+from every_fault import FAULTS
 from fault import FORMATS, Fault
 from models import MODELS
 from workshop import GOOD, Workshop
