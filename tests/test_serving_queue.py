@@ -116,8 +116,7 @@ def test_a_client_that_leaves_a_stream_frees_the_model(session: Stepwise, tokeni
         with client.stream("POST", "/completions", json=asking(stream=True)) as response:
             first = next(line for line in response.iter_lines() if line)
             assert json.loads(first.removeprefix("data: "))["choices"][0]["text"]
-        # It is at a step, which it cannot leave; once it may go on, it does not ask for a thousand.
-        until(lambda: session.steps == 3)
+        # It may be at a step, which it cannot leave; once it may go on, it does not ask for a thousand.
         time_limit = time.monotonic() + DEADLINE_S
         while not idle(engine) and time.monotonic() < time_limit:
             session.let.release()
