@@ -16,7 +16,7 @@ from slm_export.driver import versions
 from slm_export.errors import InputError
 from slm_export.learning import finishing, heads
 from slm_export.learning.adapt_settings import AdaptSettings
-from slm_export.learning.chats import whole_text
+from slm_export.learning.chats import text_of_messages, whole_text
 from slm_export.learning.examples import Labelled, read_labelled
 from slm_export.learning.measures import Interval
 from slm_export.learning.models import Model, load, save
@@ -34,7 +34,6 @@ from slm_export.source.hub import find_model
 from slm_export.source.licences import licence_of
 from slm_export.source.provenance import source_sha256
 from slm_export.source.tasks import GENERATION
-from slm_export.tokenization.templates import render_chat
 
 
 @dataclass(frozen=True)
@@ -161,11 +160,7 @@ def _matter(request: Request, model: Model) -> Matter:
 
 
 def _text_matter(request: Request, model: Model) -> Matter:
-    def chat(messages: Any, where: str) -> str:
-        if model.tokenizer.chat_template is None:
-            return "\n".join(str(message["content"]) for message in messages)
-        return render_chat(model.tokenizer.backend, messages, where, answer=False)
-
+    chat = text_of_messages(model.tokenizer)
     texts = read_texts(request.data, chat)
     given: Texts | None = read_texts(request.held_out, chat) if request.held_out else None
     parts = split(texts, given)

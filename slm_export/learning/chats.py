@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from slm_export.learning.texts import Chat
 from slm_export.tokenization.templates import render_chat
 from slm_export.tokenization.tokenizer import SourceTokenizer
 
@@ -48,6 +49,17 @@ def whole_text(tokenizer: SourceTokenizer, problem: str, solution: str, plain: s
         return plain.replace(_PLACE, problem) + solution
     messages = [*_messages(problem, None), {"role": "assistant", "content": solution}]
     return _chat(tokenizer, messages, answer=False)
+
+
+def text_of_messages(tokenizer: SourceTokenizer) -> Chat:
+    """Return what makes the text of a chat: the model's template, or without one a message on each line."""
+
+    def chat(messages: Any, where: str) -> str:
+        if tokenizer.chat_template is None:
+            return "\n".join(str(message["content"]) for message in messages)
+        return render_chat(tokenizer.backend, messages, where, answer=False)
+
+    return chat
 
 
 def _messages(problem: str, instruction: str | None) -> list[dict[str, str]]:

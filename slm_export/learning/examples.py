@@ -80,9 +80,9 @@ def read_labelled(task: Task, paths: Sequence[Path], held_out: Sequence[Path] = 
         InputError: a line is no such object, two lines contradict each other, a held-out example is among those that
             teach or has a label that none of them has, or there are too few.
     """
-    rows, duplicates = _unique(task, paths)
+    rows, duplicates = read_rows(task, paths)
     if held_out:
-        apart, more = _unique(task, held_out)
+        apart, more = read_rows(task, held_out)
         taught = {row.key: row for row in rows}
         for row in apart:
             if row.key in taught:
@@ -119,7 +119,12 @@ def _check_labels(made: Labelled) -> None:
             )
 
 
-def _unique(task: Task, paths: Iterable[Path]) -> tuple[list[Row], int]:
+def read_rows(task: Task, paths: Iterable[Path]) -> tuple[list[Row], int]:
+    """Return the different examples of JSONL files, and how many say the same as another.
+
+    Raises:
+        InputError: a line is no such object, or two lines contradict each other.
+    """
     rows: list[Row] = []
     seen: dict[tuple[Any, ...], Row] = {}
     by_text: dict[str, Row] = {}

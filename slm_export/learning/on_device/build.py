@@ -40,6 +40,7 @@ from slm_export.source.provenance import source_sha256
 from slm_export.source.tasks import GENERATION
 
 PROGRAM, FACTS, ADAPTER = "training.pte", "training.json", "adapter"
+ADAPTER_FILE = "adapter_model.safetensors"
 STEPS = 3
 """That the runtime is held against torch for."""
 
@@ -77,7 +78,7 @@ def build_trainer(request: Request, progress: Progress) -> tuple[Path, Proof]:
                 raise InputError(
                     f"--length {request.length} is more than the {source.positions} positions of {source.name}"
                 )
-            shipped = _on_grid(source, request.bits)
+            shipped = on_grid(source, request.bits)
         step = step_of(shipped, learner(shipped, request.train, request.rank, request.targets, request.seed))
         oracle = step_of(
             shipped, learner(shipped, request.train, request.rank, request.targets, request.seed)
@@ -104,10 +105,11 @@ def write_adapter(parameters: Mapping[str, Tensor], folder: Path) -> None:
         for name, value in parameters.items()
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file(tensors, folder / ADAPTER_FILE, {"format": "pt"})
 
 
-def _on_grid(source: Checkpoint, bits: int) -> Checkpoint:
+def on_grid(source: Checkpoint, bits: int) -> Checkpoint:
+    """Return a checkpoint with the values that ship: at 4 bits in groups of 32, embeddings at 8; at 32 as it is."""
     if bits == 32:
         return source
     options = {"bits": bits, "embedding_bits": 8} | ({"group": 32} if bits == 4 else {})
