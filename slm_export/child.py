@@ -8,6 +8,7 @@ one request follows another.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -53,7 +54,10 @@ def serve(function: Callable[[dict[str, Any]], Any]) -> None:
 class Child:
     """A process that answers request after request; a context manager that ends it."""
 
-    def __init__(self, module: str, doing: str, timeout_s: float = 1800) -> None:
+    def __init__(
+        self, module: str, doing: str, timeout_s: float = 1800, more: Mapping[str, str] | None = None
+    ) -> None:
+        """Start ``python -m module``, with ``more`` variables in its environment."""
         self._doing, self._timeout_s = doing, timeout_s
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed on leaving
         pipe = subprocess.PIPE
@@ -64,6 +68,7 @@ class Child:
             stderr=self._log,
             text=True,
             errors="replace",
+            env={**os.environ, **(more or {})},
         )
 
     def __enter__(self) -> Child:

@@ -15,6 +15,7 @@ import click
 
 from slm_export import __version__, options
 from slm_export.cli_adapter import ADAPTER
+from slm_export.cli_federated import FEDERATED
 from slm_export.cli_learning import LEARNING
 from slm_export.cli_measuring import MEASURING
 from slm_export.cli_privacy import PRIVACY
@@ -69,6 +70,7 @@ def cli() -> None:
 @options.REVISION
 @options.EVAL_TEXT
 @options.CALIBRATION
+@options.ADAPTERS
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write. [default: MODEL-TARGET]")
 @options.LOCKED
 @click.option("--force", is_flag=True, help="Replace an existing bundle, once the new one is complete.")
@@ -100,6 +102,7 @@ def export(as_json: bool, junit: Path | None, pareto: bool, **asked: Any) -> Non
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="Text to continue, to answer, or to embed.")
 @click.option("--format", "format", help="Which artifact of the bundle. [default: the first]")
+@click.option("--adapter", metavar="NAME", help="Turn an adapter of the bundle on.")
 @click.option(
     "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy."
 )
@@ -119,6 +122,7 @@ def run(bundle: Path, **asked: Any) -> None:
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--source", metavar="MODEL", help="The model it was made from: repeats the whole gate.")
+@options.ADAPTERS
 @options.EVAL_TEXT
 @options.CALIBRATION
 @options.JUNIT
@@ -144,7 +148,7 @@ def devices(name: str | None, as_json: bool) -> None:
     devices_command(name, as_json)
 
 
-for _command in (*MEASURING, *LEARNING, *SERVING, *PRIVACY, *ADAPTER):
+for _command in (*MEASURING, *LEARNING, *SERVING, *PRIVACY, *ADAPTER, *FEDERATED):
     cli.add_command(_command)
 
 

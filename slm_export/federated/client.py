@@ -1,0 +1,203 @@
+"""A client: it is sent tensors, learns from its own texts, and sends back what changed.
+
+Flower calls it with a message and a context. It answers nothing but training, and only a server whose settings are
+word for word its own: what it gives away is what its own file says. Of what goes wrong here the server hears a number
+alone, since an error's words could be those of a text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from logging import ERROR, getLogger
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from slm_export.errors import InputError, SlmExportError
+from slm_export.federated.settings import Anonymise, Data, Federation, Model, Privacy, Simulation
+from slm_export.federated.state import write_whole
+from slm_export.federated.updates import ARRAYS, CONFIG, METRICS, Tensors, from_record, to_record
+
+if TYPE_CHECKING:
+    from slm_export.federated.accounting import Ledger
+    from slm_export.federated.base import Base
+    from slm_export.federated.examples import Examples
+    from slm_export.federated.local import Learned
+
+OTHER_SETTINGS, CANNOT_LEARN, BUDGET_SPENT = 1001, 1002, 1003
+"""What a client's error says, in numbers: its settings are others; it could not learn; it has spent its budget."""
+LEDGER = "ledger.json"
+
+
+@dataclass(frozen=True)
+class Station:
+    """Where clients live."""
+
+    federation: Federation
+    state: Path
+    """Folder of what they remember."""
+    parts: int | None = None
+    """Clients that the texts are dealt out to, in a simulation; None: one has them all."""
+
+
+def client_app(station: Station) -> ClientApp:
+    """Return the app that Flower runs."""
+    app = ClientApp()
+
+    @app.train()  # type: ignore[untyped-decorator]
+    def train(message: Message, context: Context) -> Message:
+        return answer(station, message, context)
+
+    return app
+
+
+def answer(station: Station, message: Message, context: Context) -> Message:
+    """Learn, and return the reply; an error reply where that is impossible."""
+    config = message.content.config_records.get(CONFIG, {})
+    if config.get("settings") != station.federation.sha256:
+        return _error(message, OTHER_SETTINGS, "the server's settings are not those of this client's file")
+    try:
+        return _learned(station, message, config, _part(station, context))
+    except SlmExportError as error:
+        return _error(message, CANNOT_LEARN, str(error))
+
+
+def _learned(station: Station, message: Message, config: Any, part: int | None) -> Message:
+    from slm_export.federated.local import train
+
+    federation = station.federation
+    base = _base(federation.model.model_dump_json())
+    examples = _examples(base, federation, station.parts, part)
+    tensors = from_record(message.content.array_records[ARRAYS])
+    place = station.state if part is None else station.state / f"client-{part}"
+    learned = train(
+        base,
+        tensors,
+        examples,
+        federation.local,
+        federation.privacy,
+        _seed(federation.local.seed, int(config["server-round"]), part),
+        _read_ledger(place),
+        rounds=federation.rounds.number,
+    )
+    if learned.ledger is not None:
+        # On the disk before anything leaves: a client that is killed now has spent it all the same.
+        _write_ledger(learned.ledger, place)
+    if learned.exhausted and not learned.steps:
+        return _error(message, BUDGET_SPENT, "its privacy budget allows no further step")
+    change: Tensors = {name: learned.tensors[name] - tensors[name] for name in tensors}
+    content = RecordDict(
+        {
+            ARRAYS: to_record(change),
+            METRICS: MetricRecord(_figures(learned, federation.privacy)),
+            CONFIG: ConfigRecord({"nonce": config["nonce"]}),
+        }
+    )
+    return Message(content, reply_to=message)
+
+
+def _figures(learned: Learned, privacy: Privacy) -> dict[str, int | float]:
+    """Return what the server is told: with privacy of either kind no number that texts decide."""
+    if privacy.unit == "none":
+        assert learned.loss_before is not None
+        assert learned.loss_after is not None
+        return {
+            "num-examples": learned.examples,
+            "loss-before": learned.loss_before,
+            "loss-after": learned.loss_after,
+        }
+    if privacy.unit == "user":
+        return {"num-examples": 1}
+    assert learned.ledger is not None
+    assert privacy.delta is not None
+    return {"num-examples": 1, "epsilon": learned.ledger.epsilon(privacy.delta, privacy.accountant)}
+
+
+def _error(message: Message, code: int, why: str) -> Message:
+    getLogger("slm_export").log(ERROR, "this client takes no part in the round: %s", why)
+    return Message(Error(code, "see the client's own log"), reply_to=message)
+
+
+def _part(station: Station, context: Context) -> int | None:
+    return None if station.parts is None else int(context.node_config["partition-id"])
+
+
+def _seed(seed: int, number: int, part: int | None) -> int:
+    digest = hashlib.sha256(json.dumps([seed, number, part]).encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+@lru_cache(maxsize=1)
+def _base(model: str) -> Base:
+    """Return the base: read once in a process, used for every message."""
+    from slm_export.federated.base import open_base
+
+    return open_base(Model.model_validate_json(model))
+
+
+def _examples(base: Base, federation: Federation, parts: int | None, part: int | None) -> Examples:
+    if federation.data is None:
+        raise InputError("[data] is missing: a client needs texts of its own")
+    every = _read(base, federation.data, federation.local.length)
+    if parts is None or part is None:
+        return every
+    return every.take(_dealt(every, parts, federation.simulation)[part])
+
+
+_READ: dict[tuple[Data, int], Examples] = {}
+"""The texts that were read last: the same for each message."""
+
+
+def _read(base: Base, data: Data, length: int) -> Examples:
+    from slm_export.federated.examples import read_examples
+
+    if (data, length) not in _READ:
+        made = read_examples(base, [Path(text) for text in data.texts], length, rewriter(data.anonymiser))
+        _READ.clear()
+        _READ[data, length] = made
+    return _READ[data, length]
+
+
+def _dealt(examples: Examples, parts: int, how: Simulation) -> tuple[tuple[int, ...], ...]:
+    from slm_export.federated import partition
+
+    if how.partition == "uniform":
+        return partition.uniform(len(examples), parts, how.seed)
+    return partition.dirichlet(examples.topics, parts, how.alpha, how.seed)
+
+
+def rewriter(asked: Anonymise | None) -> Callable[[str], str] | None:
+    """Return what takes personal data out of a text; None: nothing does."""
+    if asked is None:
+        return None
+    from slm_export.privacy.anonymise import Anonymiser
+    from slm_export.privacy.entities import read_entities
+    from slm_export.privacy.finder import Finder
+
+    own = read_entities(Path(asked.entities)) if asked.entities else ()
+    return Anonymiser(Finder(asked.only or None, own, asked.ner), asked.how).text
+
+
+def _read_ledger(place: Path) -> Ledger:
+    from slm_export.federated.accounting import Ledger
+
+    path = place / LEDGER
+    if not path.exists():
+        return Ledger()
+    try:
+        return Ledger.of(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: what was spent of the budget cannot be read ({error}); restore it from a copy"
+        ) from error
+
+
+def _write_ledger(ledger: Ledger, place: Path) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    write_whole(place / LEDGER, (json.dumps(ledger.recorded()) + "\n").encode())
