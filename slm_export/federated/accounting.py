@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from slm_export.errors import InputError, MissingComponentError
@@ -176,7 +177,8 @@ def noise_for(epsilon: float, delta: float, rate: float, times: int, accountant:
     return enough
 
 
-def _epsilon(events: Sequence[Event], delta: float, accountant: Accountant) -> float:
+@lru_cache(maxsize=1024)
+def _epsilon(events: tuple[Event, ...], delta: float, accountant: Accountant) -> float:
     _require_opacus()
     from opacus.accountants import create_accountant
 
