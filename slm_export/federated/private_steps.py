@@ -74,8 +74,7 @@ def _steps(
     with gradients_by_example(base):
         optimizer = _noised(base, local, clip, noise, expected, entropy)
         for _ in range(steps):
-            drawn = [row for row in examples.rows if chance.random() * len(examples) < expected]
-            _clip_and_sum(base, drawn, local, optimizer)
+            _clip_and_sum(base, poisson(examples.rows, expected, chance), local, optimizer)
             optimizer.step()
             optimizer.zero_grad()
 
