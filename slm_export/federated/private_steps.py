@@ -79,6 +79,11 @@ def _steps(
             optimizer.zero_grad()
 
 
+def poisson(rows: Sequence[Example], expected: int, chance: random.Random) -> list[Example]:
+    """Return rows, each taken by itself with the probability at which so many are expected in all."""
+    return [row for row in rows if chance.random() * len(rows) < expected]
+
+
 def _noised(base: Base, local: Local, clip: float, noise: float, expected: int, entropy: int | None) -> Any:
     """Return Opacus's optimizer, with noise that nobody can foresee."""
     from opacus.optimizers import DPOptimizer
