@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,17 @@ if TYPE_CHECKING:
     from slm_export.federated.state import State
 
 
+# Read by flwr as it is imported, in this process too.
+_SILENT = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+
+
 def simulate_command(settings: Path, force: bool, as_json: bool) -> None:
     """Simulate, and say what came of each round."""
     federation = read_federation(settings)
     if federation.data is None:
         raise InputError(f"{settings}: [data] is missing; give the texts that are dealt out to the clients")
     require_flower("flwr", "ray")
+    os.environ.update(_SILENT)
     with working() as progress:
         from slm_export.federated.federate import federate
         from slm_export.federated.simulation import simulate
@@ -37,6 +43,7 @@ def server_command(settings: Path, force: bool, as_json: bool) -> None:
     if federation.server is None:
         raise InputError(f"{settings}: [server] is missing; give certificate, key, ca and clients")
     require_flower()
+    os.environ.update(_SILENT)
     with working() as progress:
         from slm_export.federated.deployment import serve
         from slm_export.federated.federate import federate
@@ -52,9 +59,10 @@ def client_command(settings: Path) -> None:
         missing = "[client]" if federation.client is None else "[data]"
         raise InputError(f"{settings}: {missing} is missing; a client needs [client] and [data]")
     require_flower()
+    os.environ.update(_SILENT)
     from slm_export.federated.deployment import take_part
 
-    take_part(federation, settings.absolute())
+    take_part(federation)
 
 
 def _show(state: State, out: Path, as_json: bool) -> None:

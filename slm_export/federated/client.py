@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
 
 from slm_export.errors import InputError, SlmExportError
 from slm_export.federated.settings import Anonymise, Data, Federation, Model, Privacy, Simulation
@@ -46,17 +46,6 @@ class Station:
     """Clients that the texts are dealt out to, in a simulation; None: one has them all."""
 
 
-def client_app(station: Station) -> ClientApp:
-    """Return the app that Flower runs."""
-    app = ClientApp()
-
-    @app.train()  # type: ignore[untyped-decorator]
-    def train(message: Message, context: Context) -> Message:
-        return answer(station, message, context)
-
-    return app
-
-
 def answer(station: Station, message: Message, context: Context) -> Message:
     """Learn, and return the reply; an error reply where that is impossible."""
     config = message.content.config_records.get(CONFIG, {})
@@ -76,13 +65,15 @@ def _learned(station: Station, message: Message, config: Any, part: int | None) 
     examples = _examples(base, federation, station.parts, part)
     tensors = from_record(message.content.array_records[ARRAYS])
     place = station.state if part is None else station.state / f"client-{part}"
+    number = int(config["server-round"])
+    _say(f"round {number}: learns from {len(examples)} examples")
     learned = train(
         base,
         tensors,
         examples,
         federation.local,
         federation.privacy,
-        _seed(federation.local.seed, int(config["server-round"]), part),
+        _seed(federation.local.seed, number, part),
         _read_ledger(place),
         rounds=federation.rounds.number,
     )
@@ -120,8 +111,13 @@ def _figures(learned: Learned, privacy: Privacy) -> dict[str, int | float]:
 
 
 def _error(message: Message, code: int, why: str) -> Message:
-    getLogger("slm_export").log(ERROR, "this client takes no part in the round: %s", why)
+    _say(f"takes no part in the round: {why}")
     return Message(Error(code, "see the client's own log"), reply_to=message)
+
+
+def _say(what: str) -> None:
+    """Tell whoever runs the client, on stderr; the server hears nothing of it."""
+    print(f"slm-export federate client (process {os.getpid()}): {what}", file=sys.stderr, flush=True)
 
 
 def _part(station: Station, context: Context) -> int | None:

@@ -190,8 +190,9 @@ class Server(Table):
 
     listen: Address = "127.0.0.1:9092"
     certificate: Text
+    """PEM, with those that lead to the CA which clients know."""
     key: Text
-    ca: Text
+    """PEM."""
     clients: Text
     """A folder with a public key of each client that may take part: ``*.pub``, in OpenSSH's form."""
 
@@ -201,8 +202,9 @@ class Client(Table):
 
     server: Address
     ca: Text
+    """PEM; no other is believed."""
     key: Text
-    """Its private key (elliptic curve, in OpenSSH's or PEM form), beside the public one with ``.pub``."""
+    """Its private key: of a NIST curve, in OpenSSH's form, without a passphrase (``ssh-keygen -t ecdsa -b 384``)."""
     state: Text = "federation-client"
     """Folder in which it remembers what it has spent of its budget."""
 
@@ -247,7 +249,7 @@ class Federation(Table):
 
 _PATHS = {
     "model": ("base", "start"),
-    "server": ("certificate", "key", "ca", "clients"),
+    "server": ("certificate", "key", "clients"),
     "client": ("ca", "key", "state"),
 }
 

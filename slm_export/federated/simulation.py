@@ -6,13 +6,14 @@ Everything listens on the loopback address alone.
 
 from __future__ import annotations
 
+import json
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 from slm_export.child import Child, serve_all
-from slm_export.federated.flower import environment
+from slm_export.federated.flower import end_with_parent, environment
 from slm_export.federated.settings import Federation
 
 _STORE_BYTES = 100_000_000
@@ -47,15 +48,17 @@ def _patience_s(federation: Federation) -> float:
 def _run(request: dict[str, Any]) -> None:
     from flwr.simulation import run_simulation
 
-    from slm_export.federated.apps import server_app
-    from slm_export.federated.client import Station, client_app
+    from slm_export.federated.apps import simulated_client, simulated_server
+    from slm_export.federated.client import Station
 
-    federation, folder = Federation.model_validate_json(request["federation"]), Path(request["folder"])
+    # Tuples are lists in JSON.
+    federation = Federation.model_validate_json(json.dumps(request["federation"]))
+    folder = Path(request["folder"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run_simulation(
-            server_app=server_app(federation, folder),
-            client_app=client_app(Station(federation, folder / "clients", federation.rounds.clients)),
+            server_app=simulated_server(federation, folder),
+            client_app=simulated_client(Station(federation, folder / "clients", federation.rounds.clients)),
             num_supernodes=federation.rounds.clients,
             backend_config={
                 "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
@@ -74,4 +77,5 @@ def _run(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     serve_all(_run)
