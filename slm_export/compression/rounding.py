@@ -27,9 +27,8 @@ _CLIPS = {
 }
 """The largest magnitude is mapped to these codes: from a little beyond the range (which clips it) to inside."""
 _COLUMNS = 128  # whose effect on the columns behind them is applied at once
-_VALUES = (
-    1 << 18
-)  # of a matrix that are worked on at a time where rows do not depend on each other: they stay in cache
+_VALUES = 1 << 18  # of a matrix whose scales are sought at a time: they stay in cache
+_REFIT_VALUES = 1 << 21  # of a matrix whose scales are fitted at a time
 
 
 @dataclass(frozen=True)
@@ -72,12 +71,15 @@ def cost(values: Tensor, gram: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
 def weighted_scales(values: Tensor, weights: Tensor, bits: int, group: int) -> Tensor:
     """Return the scales, float32 (out, groups) on the grid, of least squared error, columns weighted (in,)."""
-    return torch.cat([_weighted_scales(rows, weights, bits, group) for rows in _few_rows(values)])
+    # The diagonal of a matrix is a view whose every value lies in a cache line of its own.
+    weights = weights.contiguous()
+    return torch.cat([_weighted_scales(rows, weights, bits, group) for rows in _few(values, _VALUES)])
 
 
 def _weighted_scales(values: Tensor, weights: Tensor, bits: int, group: int) -> Tensor:
     groups = values.view(values.shape[0], -1, group)
     per_column = weights.view(-1, group)
+    weighted = groups * per_column
     largest = groups.abs().amax(-1)
     best = grid_scale(largest / CODE_RANGE[bits][1])
     least = _weighted_error(groups, best, per_column, bits)
@@ -85,9 +87,8 @@ def _weighted_scales(values: Tensor, weights: Tensor, bits: int, group: int) -> 
         scale = largest / clip
         for _ in range(2):
             codes = nearest(groups, scale.clamp_min(SMALLEST_SCALE).unsqueeze(-1), bits)
-            scale = (codes * groups * per_column).sum(-1) / (codes.square() * per_column).sum(-1).clamp_min(
-                1e-30
-            )
+            product = (codes * weighted).sum(-1)
+            scale = product / codes.square_().mul_(per_column).sum(-1).clamp_min(1e-30)
         scale = grid_scale(scale)
         error = _weighted_error(groups, scale, per_column, bits)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
@@ -136,7 +137,9 @@ def descend(values: Tensor, gram: Tensor, codes: Tensor, scales: Tensor, bits: i
 
 def refit(values: Tensor, gram: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """Return the scales of least cost given the codes, rounded to the grid; a row that would lose keeps its own."""
-    together = zip(_few_rows(values), _few_rows(codes), torch.split(scales, _row_count(values)), strict=True)
+    together = zip(
+        *(torch.split(part, _rows(values, _REFIT_VALUES)) for part in (values, codes, scales)), strict=True
+    )
     return torch.cat([_refit_rows(*rows, gram) for rows in together])
 
 
@@ -155,9 +158,12 @@ def _refit_rows(values: Tensor, codes: Tensor, scales: Tensor, gram: Tensor) -> 
     # Groups without a code other than 0 have no say; the share of the diagonal keeps the system regular.
     diagonal = system.diagonal(dim1=1, dim2=2)
     diagonal += 1e-4 * diagonal.mean(-1, keepdim=True) + 1e-12
-    moved = torch.linalg.solve(system, wanted.unsqueeze(-1)).squeeze(-1)
-    made = grid_scale(scales + moved)
-    made = torch.where((scales + moved > SMALLEST_SCALE) & by_group.any(-1), made, scales)
+    # Not torch.linalg.solve: its batched LU, in several threads, is wrong or hangs from 150 groups on
+    # (https://github.com/pytorch/pytorch/issues/142815).
+    lower, failed = torch.linalg.cholesky_ex(system)
+    moved = torch.cholesky_solve(wanted.unsqueeze(-1), lower).squeeze(-1)
+    solved = (failed == 0).unsqueeze(-1) & (scales + moved > SMALLEST_SCALE) & by_group.any(-1)
+    made = torch.where(solved, grid_scale(scales + moved), scales)
     step = made - scales
     change = ((system @ step.unsqueeze(-1)).squeeze(-1) - 2 * wanted) * step
     return torch.where(change.sum(-1, keepdim=True) < 0, made, scales)
@@ -176,12 +182,12 @@ def _inverse_factor(gram: Tensor) -> Tensor:
         more = max(1e-3, more * 10)
 
 
-def _few_rows(values: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(values, _row_count(values))
+def _few(values: Tensor, most: int) -> tuple[Tensor, ...]:
+    return torch.split(values, _rows(values, most))
 
 
-def _row_count(values: Tensor) -> int:
-    return max(1, _VALUES // values.shape[1])
+def _rows(values: Tensor, most: int) -> int:
+    return max(1, most // values.shape[1])
 
 
 def nearest(values: Tensor, step: Tensor, bits: int) -> Tensor:
@@ -195,4 +201,5 @@ def _values(codes: Tensor, scales: Tensor) -> Tensor:
 
 def _weighted_error(groups: Tensor, scales: Tensor, weights: Tensor, bits: int) -> Tensor:
     steps = scales.unsqueeze(-1)
-    return ((groups - nearest(groups, steps, bits) * steps).square() * weights).sum(-1)
+    missed = nearest(groups, steps, bits).mul_(steps).sub_(groups)
+    return missed.square_().mul_(weights).sum(-1)
