@@ -13,7 +13,7 @@ Sums are taken in float64.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,8 +81,13 @@ def private_mean(
     for update in updates:
         for name, value in clipped(update.tensors, clip).items():
             summed[name] += value
+    return noised_sum(summed, noise * clip, count, draw)
+
+
+def noised_sum(summed: Mapping[str, Array64], deviation: float, count: float, draw: Noise) -> Tensors:
+    """Return a sum with noise of a standard deviation on every value, divided by ``count``; float32."""
     return {
-        name: ((value + noise * clip * draw(value.shape)) / count).astype(np.float32)
+        name: ((value + deviation * draw(value.shape)) / count).astype(np.float32)
         for name, value in summed.items()
     }
 

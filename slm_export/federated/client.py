@@ -11,13 +11,15 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
 
 from slm_export.errors import InputError, SlmExportError
 from slm_export.federated.settings import Anonymise, Data, Federation, Model, Privacy, Simulation
@@ -48,24 +50,57 @@ class Station:
 
 def answer(station: Station, message: Message, context: Context) -> Message:
     """Learn, and return the reply; an error reply where that is impossible."""
+    part = _part(station, context)
+    if station.federation.aggregation.secure:
+        return _answer_in_sums(station, message, context, part)
     config = message.content.config_records.get(CONFIG, {})
     if config.get("settings") != station.federation.sha256:
         return _error(message, OTHER_SETTINGS, "the server's settings are not those of this client's file")
+    tensors = from_record(message.content.array_records[ARRAYS])
     try:
-        return _learned(station, message, config, _part(station, context))
+        learned, change = _learn(station, tensors, int(config["server-round"]), part)
+    except _SpentError as error:
+        return _error(message, BUDGET_SPENT, str(error))
     except SlmExportError as error:
         return _error(message, CANNOT_LEARN, str(error))
+    content = RecordDict(
+        {
+            ARRAYS: to_record(change),
+            METRICS: MetricRecord(_figures(learned, station.federation.privacy)),
+            CONFIG: ConfigRecord({"nonce": config["nonce"]}),
+        }
+    )
+    return Message(content, reply_to=message)
 
 
-def _learned(station: Station, message: Message, config: Any, part: int | None) -> Message:
-    from slm_export.federated.local import train
+def _answer_in_sums(station: Station, message: Message, context: Context, part: int | None) -> Message:
+    from slm_export.federated import secure
+
+    def train(sent: Sequence[NDArray[np.float32]], number: int) -> Tensors:
+        names = sorted(_base(station.federation.model.model_dump_json()).begun)
+        return _learn(station, dict(zip(names, sent, strict=True)), number, part)[1]
+
+    try:
+        return secure.answer(station.federation, message, context, train)
+    except Exception as error:  # noqa: BLE001
+        # Flower would send the server the words of whatever is raised.
+        return _error(message, CANNOT_LEARN, f"{type(error).__name__}: {error}")
+
+
+class _SpentError(SlmExportError):
+    """The client's own budget allows nothing more."""
+
+
+def _learn(
+    station: Station, tensors: Tensors, number: int, part: int | None
+) -> tuple[Learned, dict[str, NDArray[np.float32]]]:
+    """Return what was learned, and what changed by it."""
+    from slm_export.federated.local import difference, train
 
     federation = station.federation
     base = _base(federation.model.model_dump_json())
     examples = _examples(base, federation, station.parts, part)
-    tensors = from_record(message.content.array_records[ARRAYS])
     place = station.state if part is None else station.state / f"client-{part}"
-    number = int(config["server-round"])
     _say(f"round {number}: learns from {len(examples)} examples")
     learned = train(
         base,
@@ -77,20 +112,12 @@ def _learned(station: Station, message: Message, config: Any, part: int | None) 
         _read_ledger(place),
         rounds=federation.rounds.number,
     )
-    if learned.ledger is not None:
+    if learned.ledger is not None and federation.privacy.unit == "example":
         # On the disk before anything leaves: a client that is killed now has spent it all the same.
         _write_ledger(learned.ledger, place)
     if learned.exhausted and not learned.steps:
-        return _error(message, BUDGET_SPENT, "its privacy budget allows no further step")
-    change: Tensors = {name: learned.tensors[name] - tensors[name] for name in tensors}
-    content = RecordDict(
-        {
-            ARRAYS: to_record(change),
-            METRICS: MetricRecord(_figures(learned, federation.privacy)),
-            CONFIG: ConfigRecord({"nonce": config["nonce"]}),
-        }
-    )
-    return Message(content, reply_to=message)
+        raise _SpentError("its privacy budget allows no further step")
+    return learned, difference(learned.tensors, tensors)
 
 
 def _figures(learned: Learned, privacy: Privacy) -> dict[str, int | float]:

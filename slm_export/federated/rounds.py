@@ -84,18 +84,26 @@ def _round(grid: Grid, federation: Federation, strategy: Screening, state: State
         assert budget is not None
         if not budget.allows(ledger):
             return replace(state, stopped=SPENT)
-    messages = strategy.configure_train(
-        number, to_record(state.tensors), ConfigRecord({"settings": federation.sha256}), grid
-    )
-    replies = grid.send_and_receive(messages, timeout=federation.rounds.deadline_s) if messages else []
-    arrays, _ = strategy.aggregate_train(number, replies)
+    after = _asked(grid, federation, strategy, number, state.tensors)
     done = strategy.done
     assert done is not None
     assert done.number == number
     if ledger is not None and budget is not None:
         done = replace(done, epsilon=ledger.epsilon(budget.delta, budget.accountant))
         state = replace(state, ledger=ledger.recorded())
-    return state.after(done, None if arrays is None else from_record(arrays))
+    return state.after(done, after)
+
+
+def _asked(
+    grid: Grid, federation: Federation, strategy: Screening, number: int, tensors: Tensors
+) -> Tensors | None:
+    if federation.aggregation.secure:
+        return strategy.sum_securely(grid, number, tensors)
+    config = ConfigRecord({"settings": federation.sha256})
+    messages = strategy.configure_train(number, to_record(tensors), config, grid)
+    replies = grid.send_and_receive(messages, timeout=federation.rounds.deadline_s) if messages else []
+    arrays, _ = strategy.aggregate_train(number, replies)
+    return None if arrays is None else from_record(arrays)
 
 
 def budget_of(privacy: Privacy) -> Budget | None:

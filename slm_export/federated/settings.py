@@ -30,6 +30,8 @@ from slm_export.errors import InputError
 from slm_export.tomlfile import read_model
 
 Text = Annotated[str, Field(min_length=1)]
+_MOST_SECURE = 1000
+"""Clients whose sum the numbers of secure aggregation hold."""
 Unit = Literal["none", "user", "example"]
 
 
@@ -172,6 +174,8 @@ class Aggregation(Table):
     """That a client can claim to have learned from."""
     secure: bool = False
     """Sum without seeing the single ones (SecAgg+, Bell et al. 2020); see docs/federated.md for what it costs."""
+    clip: float = Field(default=1.0, gt=0)
+    """With ``secure``: L2 norm that every client clips its own update to; with user-level privacy it is that one's."""
 
 
 class Simulation(Table):
@@ -233,6 +237,11 @@ class Federation(Table):
             )
         if self.aggregation.secure and self.aggregation.strategy != "mean":
             raise ValueError('aggregation.secure sums, and goes with strategy = "mean" alone')
+        if self.aggregation.secure and not 3 <= self.rounds.cohort <= _MOST_SECURE:
+            raise ValueError(
+                f"aggregation.secure hides one client among others: it goes with 3 to {_MOST_SECURE} in a round, and "
+                f"these are {self.rounds.cohort}"
+            )
         return self
 
     def agreed(self) -> dict[str, Any]:

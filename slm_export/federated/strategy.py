@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from flwr.app import ArrayRecord
     from flwr.serverapp import Grid
 
+    from slm_export.federated.secure import Sum
+
 _LOOK_S = 1.0
 """Between two looks at who is there."""
 
@@ -101,6 +103,43 @@ class Screening(Strategy):  # type: ignore[misc]  # Flower is not checked
         self.done = self._told(server_round, sent, screened, changed=made is not None)
         return (None if made is None else to_record(made)), None
 
+    def sum_securely(self, grid: Grid, number: int, tensors: Tensors) -> Tensors | None:
+        """Return the tensors after a round in which only the sum of the updates was seen; None where it failed."""
+        from slm_export.federated import secure
+
+        drawn = self._drawn(grid)
+        made = secure.collect(grid, self._federation, drawn, number, tensors)
+        count = 0 if isinstance(made, str) else made.clients
+        after = None
+        if not isinstance(made, str) and count >= self._federation.rounds.minimum:
+            after = self._after_sum(tensors, made)
+        left = len(drawn) - count
+        self.done = Round(
+            number=number,
+            drawn=len(drawn),
+            good=count,
+            refused={"silent" if count else "failed": left} if left else {},
+            named=((0, "failed", made),) if isinstance(made, str) else (),
+            changed=after is not None,
+        )
+        return after
+
+    def _after_sum(self, tensors: Tensors, made: Sum) -> Tensors | None:
+        change = made.mean
+        if self._noise is not None:
+            from slm_export.federated.secure import rounding
+
+            clip = self._federation.privacy.clip
+            most = clip + rounding(tensors, clip)
+            expected = self._federation.rounds.fraction * self._federation.rounds.clients
+            change = aggregation.noised_sum(
+                {name: value.astype(np.float64) * made.clients for name, value in made.mean.items()},
+                most * self._noise,
+                expected,
+                self._draw,
+            )
+        return _finite({name: value + change[name] for name, value in tensors.items()})
+
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -140,8 +179,7 @@ class Screening(Strategy):  # type: ignore[misc]  # Flower is not checked
         """Return the tensors after the round; None where they would leave what float32 can hold."""
         change = self._together(good, tensors)
         with np.errstate(over="ignore"):
-            made = {name: value + change[name] for name, value in tensors.items()}
-        return made if all(np.isfinite(value).all() for value in made.values()) else None
+            return _finite({name: value + change[name] for name, value in tensors.items()})
 
     def _together(self, good: tuple[Update, ...], tensors: Tensors) -> Tensors:
         settings, rounds = self._federation.aggregation, self._federation.rounds
@@ -183,6 +221,10 @@ class Screening(Strategy):  # type: ignore[misc]  # Flower is not checked
             return 0
         bound = self._largest * sorted(update.examples for update in good)[(len(good) - 1) // 2]
         return sum(update.examples > bound for update in good)
+
+
+def _finite(tensors: Tensors) -> Tensors | None:
+    return tensors if all(np.isfinite(value).all() for value in tensors.values()) else None
 
 
 def _mean(values: list[float]) -> float | None:
