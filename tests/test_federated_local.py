@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from slm_export.errors import InputError
-from slm_export.federated import base as bases
 from slm_export.federated.accounting import Ledger
-from slm_export.federated.base import Base, open_base, put, save, start
+from slm_export.federated.base import Base, open_base, put, save, start, taken
 from slm_export.federated.examples import Examples, read_examples
-from slm_export.federated.local import difference, losses, measure, norm, train
+from slm_export.federated.local import difference, losses, measure, train
 from slm_export.federated.private_steps import _clip_and_sum, _noised, gradients_by_example, poisson
 from slm_export.federated.settings import Local, Model, Privacy
+from slm_export.federated.updates import Tensors, norm_of
 from slm_export.learning.trainer import collate
 
 TEXTS = (
@@ -108,7 +108,7 @@ def test_a_step_is_the_sum_of_clipped_gradients_over_what_was_expected(made: Mad
     base, examples = made
     put(base, moved(base))
     alone = [gradient(base, examples.take([index])) for index in range(len(examples))]
-    norms = [norm({name: value.numpy() for name, value in one.items()}) for one in alone]
+    norms = [norm_of({name: value.numpy() for name, value in one.items()}) for one in alone]
     clip = float(np.median(norms))
     wanted = {
         name: sum(one[name] * min(1.0, clip / size) for one, size in zip(alone, norms, strict=True)) / 2
@@ -159,7 +159,7 @@ def test_it_learns_and_nothing_but_what_learns_changes(made: Made) -> None:
     assert learned.loss_after is not None
     assert learned.loss_after < learned.loss_before
     assert learned.ledger is None
-    assert norm(difference(learned.tensors, start(base))) > 0
+    assert norm_of(difference(learned.tensors, start(base))) > 0
     assert all(torch.equal(value, was) for value, was in zip(frozen, before, strict=True))
     assert measure(base, learned.tensors, examples).value < measure(base, start(base), examples).value
 
@@ -191,7 +191,7 @@ def test_private_steps_are_counted_and_end_with_the_budget(made: Made) -> None:
         assert learned.ledger.epsilon(1e-3, "rdp") <= 9
         assert learned.loss_before is None, "an exact loss tells of the examples"
         assert learned.loss_after is None
-        changed = norm(difference(learned.tensors, tensors)) > 0
+        changed = norm_of(difference(learned.tensors, tensors)) > 0
         assert changed == (learned.steps > 0)
         assert learned.exhausted == (learned.steps < LOCAL.steps)
         ledger, tensors, steps = learned.ledger, learned.tensors, steps + learned.steps
@@ -272,7 +272,7 @@ def test_a_base_on_the_grid_has_the_values_that_ship(tiny_llama: Path) -> None:
     assert not torch.equal(grid.get_parameter(path), floats.get_parameter(path))
 
 
-def broken(tensors: bases.Tensors, how: str) -> dict[str, np.ndarray]:
+def broken(tensors: Tensors, how: str) -> dict[str, np.ndarray]:
     """Return tensors with something wrong."""
     made = {name: value.copy() for name, value in tensors.items()}
     name = next(iter(made))
@@ -292,7 +292,7 @@ def test_tensors_that_are_not_the_bases_change_nothing(made: Made, how: str) -> 
     base, examples = made
     with pytest.raises(InputError):
         train(base, broken(moved(base), how), examples, LOCAL, PLAIN, seed=0)
-    assert all((value == start(base)[name]).all() for name, value in bases.taken(base).items())
+    assert all((value == start(base)[name]).all() for name, value in taken(base).items())
 
 
 def test_texts_are_rewritten_before_anything_is_learned(made: Made, tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slm_export.federated.aggregation import mean, private_mean, weights_of
-from slm_export.federated.base import Base, Tensors, start
+from slm_export.federated.base import Base, start
 from slm_export.federated.examples import Examples
 from slm_export.federated.local import train
 from slm_export.federated.noise import gaussian
 from slm_export.federated.settings import Local, Privacy
-from slm_export.federated.updates import Update
+from slm_export.federated.updates import Tensors, Update
 
 
 @dataclass(frozen=True)

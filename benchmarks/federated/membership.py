@@ -26,10 +26,11 @@ import numpy as np
 import torch
 
 from slm_export.federated.accounting import Ledger
-from slm_export.federated.base import Base, Tensors, open_base, put, start
+from slm_export.federated.base import Base, open_base, put, start
 from slm_export.federated.examples import Examples, read_examples
 from slm_export.federated.local import losses, train
 from slm_export.federated.settings import Local, Model, Privacy
+from slm_export.federated.updates import Tensors
 from slm_export.learning.evaluation import batches
 from slm_export.learning.measures import Interval
 

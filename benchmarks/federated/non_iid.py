@@ -39,11 +39,12 @@ from scipy.stats import t as student
 from vectors import examples_of, head_on
 
 from slm_export.federated.accounting import Ledger, noise_for
-from slm_export.federated.base import Base, Tensors, start
+from slm_export.federated.base import Base, start
 from slm_export.federated.examples import Examples
 from slm_export.federated.local import train
 from slm_export.federated.partition import Parts, dirichlet
 from slm_export.federated.settings import Local, Privacy
+from slm_export.federated.updates import Tensors
 from slm_export.learning import models
 from slm_export.learning.evaluation import embeddings
 from slm_export.learning.measures import Interval

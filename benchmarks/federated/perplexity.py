@@ -35,11 +35,12 @@ import torch
 from in_process import Rounds, together
 
 from slm_export.federated.accounting import noise_for
-from slm_export.federated.base import Base, Tensors, open_base, put, start
+from slm_export.federated.base import Base, open_base, put, start
 from slm_export.federated.examples import Examples
 from slm_export.federated.local import train
 from slm_export.federated.partition import Parts, dirichlet
 from slm_export.federated.settings import Local, Model, Privacy
+from slm_export.federated.updates import Tensors
 from slm_export.learning.evaluation import log_perplexities
 from slm_export.learning.measures import Interval, mean
 from slm_export.learning.texts import Document, Texts, split

@@ -6,7 +6,6 @@ Opened once in a process, and used for every message. Tensors have the names tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 
 from slm_export.errors import InputError
 from slm_export.federated.settings import Model
+from slm_export.federated.updates import Tensors
 from slm_export.learning import models
 from slm_export.learning.on_device.build import ADAPTER_FILE, on_grid, write_adapter
 from slm_export.learning.on_device.step import Learns, learner, trainable
@@ -26,9 +26,6 @@ from slm_export.source.load import load_checkpoint
 from slm_export.source.provenance import refuse_large_vocabulary
 from slm_export.source.tasks import CLASSIFICATION
 from slm_export.tokenization.tokenizer import SourceTokenizer
-
-Tensors = Mapping[str, NDArray[np.float32]]
-"""What learns, by name; and what travels."""
 
 
 @dataclass(frozen=True)

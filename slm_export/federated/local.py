@@ -6,18 +6,20 @@ can be clipped by example, and it is the same loss with privacy and without.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from slm_export.errors import InputError
 from slm_export.federated.accounting import Ledger
-from slm_export.federated.base import Base, Tensors, put, taken
+from slm_export.federated.base import Base, put, taken
 from slm_export.federated.examples import Examples
 from slm_export.federated.settings import Local, Privacy
+from slm_export.federated.updates import Tensors
 from slm_export.learning.evaluation import batches, documents_of
 from slm_export.learning.measures import Interval, mean
 from slm_export.learning.trainer import IGNORED, Batch, Example, collate, labels_of
@@ -117,14 +119,9 @@ def optimizer_of(base: Base, local: Local) -> torch.optim.Optimizer:
     return torch.optim.AdamW(base.parameters.values(), lr=local.rate, weight_decay=0.0)
 
 
-def difference(learned: Tensors, begun: Tensors) -> dict[str, np.ndarray]:
+def difference(learned: Tensors, begun: Tensors) -> dict[str, NDArray[np.float32]]:
     """Return what was learned, less what it began with."""
     return {name: learned[name] - begun[name] for name in begun}
-
-
-def norm(update: Mapping[str, np.ndarray]) -> float:
-    """Return the L2 norm over all tensors together."""
-    return float(np.sqrt(sum(np.square(values, dtype=np.float64).sum() for values in update.values())))
 
 
 def _nats(base: Base, batch: Batch) -> tuple[Tensor, Tensor]:
