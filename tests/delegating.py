@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from slm_export.delegates.config import Delegates, Nearest, Sampling, load_delegates
-from slm_export.delegates.local import Answer, Bundles
+from slm_export.delegates.local import Answer, Bundles, Show
 
 BUNDLE = "a-bundle"
 
@@ -27,11 +27,19 @@ class Echo(Bundles):
         return len(prompt.split())
 
     def answer(
-        self, bundle: str, format: str | None, prompt: str, sampling: Sampling, nearest: Nearest | None = None
+        self,
+        bundle: str,
+        format: str | None,
+        prompt: str,
+        sampling: Sampling,
+        nearest: Nearest | None = None,
+        show: Show = lambda _: None,
     ) -> Answer:
         self._before(prompt)
         with self._counting:
             self.asked.append(prompt)
+        for piece in ("echo ", prompt):
+            show(piece)
         return Answer(f"echo {prompt}", "local", self._confidence)
 
 

@@ -22,7 +22,7 @@ from delegating import Echo, delegates
 
 from slm_export.delegates.config import Delegates, Remote, Sampling
 from slm_export.delegates.job import prompt_of, work_off
-from slm_export.delegates.local import Answer
+from slm_export.delegates.local import Answer, Show
 from slm_export.delegates.routing import Machine, answer
 from slm_export.delegates.runner import Runner
 from slm_export.delegates.screening import Screen
@@ -408,7 +408,7 @@ rule   = { longer_than = 3, confidence_below = 0.5, busy_above = 2, hotter_than 
 CALM = Machine(0.1, 40.0)
 
 
-def far(remote: Remote, prompt: str, sampling: Sampling) -> Answer:
+def far(remote: Remote, prompt: str, sampling: Sampling, show: Show) -> Answer:
     return Answer(f"{remote.model}: {prompt}", "api.example")
 
 

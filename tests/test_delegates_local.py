@@ -120,8 +120,11 @@ def test_a_decoder_is_as_sure_as_its_likeliest_tokens(pycode: Path) -> None:
     assert isinstance(session, DecoderSession)
     manifest: Any = SimpleNamespace(model=SimpleNamespace(task=GENERATION), runtime={})
     made = Bundles(lambda *_: OpenBundle(manifest, session, tokenizer))
-    found = made.answer("b", None, "x", Sampling(max_tokens=4))
+    pieces: list[str] = []
+    found = made.answer("b", None, "x", Sampling(max_tokens=4), show=pieces.append)
     assert found.confidence == pytest.approx((0.5 + 0.75) / 2)
+    assert len(pieces) > 1
+    assert "".join(pieces) == found.text
 
 
 def test_the_examples_are_right(tmp_path: Path) -> None:

@@ -37,12 +37,14 @@ Url = Annotated[str, AfterValidator(_url)]
 
 
 class Sampling(Table):
-    """How the answer's tokens are chosen."""
+    """How the answer's tokens are chosen, and whether they are shown as they come."""
 
     temperature: float = Field(default=0.0, ge=0, le=2)
     top_p: float = Field(default=1.0, ge=0, le=1)
     max_tokens: int = Field(default=256, ge=1)
     seed: int = 0
+    stream: bool = False
+    """Standard output gets the answer as it is written, and an endpoint sends it in pieces."""
 
 
 class Nearest(Table):
@@ -146,6 +148,21 @@ class Delegate(Table):
             raise ValueError(
                 f"prompt: unknown {{{sorted(odd)[0]}}}; there are {{text}}, {{path}} and {{time}}"
             )
+        return self
+
+    @property
+    def shown(self) -> bool:
+        """Whether its answers are shown as they are written."""
+        return self.sampling.stream and self.output.stdout
+
+    @model_validator(mode="after")
+    def _streams(self) -> Delegate:
+        if self.sampling.stream and not self.output.stdout and self.remote is None:
+            raise ValueError("sampling.stream is of use with output = { stdout = true } or an endpoint alone")
+        if self.shown and self.nearest is not None:
+            raise ValueError("sampling.stream: the answer of the nearest entry is there at once")
+        if self.shown and self.rule is not None and self.rule.confidence_below is not None:
+            raise ValueError("sampling.stream: an answer that may be doubted cannot be shown before its end")
         return self
 
     @model_validator(mode="after")

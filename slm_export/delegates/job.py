@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from slm_export.delegates import outputs, remote, routing
 from slm_export.delegates.config import PLACEHOLDERS, Delegate, Remote, Sampling
-from slm_export.delegates.local import Answer, Bundles
+from slm_export.delegates.local import Answer, Bundles, Show
 from slm_export.delegates.screening import Screen
 from slm_export.delegates.state import State, Trigger
 from slm_export.errors import InputError, MissingComponentError, SlmExportError
@@ -49,8 +49,11 @@ def work_off(
     """
     try:
         if trigger.answer is None:
-            found = _answer(delegate, trigger, bundles, ask, screen or Screen())
+            with outputs.shown(delegate.shown) as show:
+                found = _answer(delegate, trigger, bundles, ask, screen or Screen(), show)
             state.answered(trigger.id, found.answer.text, found.answer.place, found.why)
+            if delegate.shown:
+                state.over(trigger.id, "done", found.why)
         else:
             outputs.deliver(delegate.output, trigger, trigger.place or "local")
             state.over(trigger.id, "done", trigger.detail)
@@ -60,22 +63,22 @@ def work_off(
 
 
 def _answer(
-    delegate: Delegate, trigger: Trigger, bundles: Bundles, ask: routing.Ask, screen: Screen
+    delegate: Delegate, trigger: Trigger, bundles: Bundles, ask: routing.Ask, screen: Screen, show: Show
 ) -> routing.Answered:
     """Answer a prompt; what is private, or found to hold personal data, is answered here."""
     prompt, private = prompt_of(delegate, trigger), delegate.private or trigger.private
     why = "private" if private else ""
     if delegate.screened and not private and delegate.personal_data == "replace":
 
-        def replaced(to: Remote, text: str, sampling: Sampling) -> Answer:
-            return ask(to, screen.replaced(text), sampling)
+        def replaced(to: Remote, text: str, sampling: Sampling, show: Show) -> Answer:
+            return ask(to, screen.replaced(text), sampling, show)
 
-        return routing.answer(delegate, prompt, False, bundles, replaced)
+        return routing.answer(delegate, prompt, False, bundles, replaced, show=show)
     if delegate.screened and not private and (kinds := screen.kinds(prompt)):
         private, why = True, f"it holds {', '.join(kinds)}"
     if private and delegate.bundle is None:
         raise InputError(f"it must not leave ({why}), and no bundle is named to answer it here")
-    found = routing.answer(delegate, prompt, private, bundles, ask)
+    found = routing.answer(delegate, prompt, private, bundles, ask, show=show)
     return dataclasses.replace(found, why=why) if private and delegate.remote is not None else found
 
 

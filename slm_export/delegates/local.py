@@ -31,6 +31,10 @@ class Answer:
     confidence: float | None = None
 
 
+Show = Callable[[str], None]
+"""Takes an answer's pieces, as they are written."""
+
+
 class Bundles:
     """The open bundles of all delegates; each is opened once, when it is needed, and asked by one at a time."""
 
@@ -47,9 +51,15 @@ class Bundles:
             return len(opened.tokenizer.encode_with_template(prompt))
 
     def answer(
-        self, bundle: str, format: str | None, prompt: str, sampling: Sampling, nearest: Nearest | None = None
+        self,
+        bundle: str,
+        format: str | None,
+        prompt: str,
+        sampling: Sampling,
+        nearest: Nearest | None = None,
+        show: Show = lambda _: None,
     ) -> Answer:
-        """Return the answer of a bundle.
+        """Return the answer of a bundle; that of a decoder is shown piece by piece.
 
         Raises:
             InputError: the prompt does not fit, or the entries are not for this model.
@@ -61,11 +71,16 @@ class Bundles:
                 return self._nearest(opened, (bundle, format), prompt, nearest)
             if opened.manifest.model.task != GENERATION:
                 found = opened.answer(prompt)
-                return Answer("\n".join(lines(found)), "local", _score(found))
+                text = "\n".join(lines(found))
+                show(text)
+                return Answer(text, "local", _score(found))
             assert isinstance(opened.session, DecoderSession)
             watched = _Watched(opened.session)
             chosen = TokenSampling(sampling.temperature, sampling.top_p, sampling.seed)
-            pieces = replace(opened, session=watched).text(prompt, sampling.max_tokens, chosen)
+            pieces = []
+            for piece in replace(opened, session=watched).text(prompt, sampling.max_tokens, chosen):
+                show(piece)
+                pieces.append(piece)
             return Answer("".join(pieces), "local", watched.confidence)
 
     def close(self) -> None:

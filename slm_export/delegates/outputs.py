@@ -9,9 +9,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,6 +25,8 @@ from slm_export.errors import MachineError
 from slm_export.network import is_loopback
 
 _TAIL = 1 << 20
+_STDOUT = threading.Lock()
+"""Delegates answer side by side."""
 
 
 def deliver(output: Output, trigger: Trigger, place: str) -> None:
@@ -39,12 +43,26 @@ def deliver(output: Output, trigger: Trigger, place: str) -> None:
     if output.file is not None:
         _append(Path(output.file), document)
     elif output.stdout:
-        print(trigger.answer, flush=True)
+        with _STDOUT:
+            print(trigger.answer, flush=True)
     elif output.webhook is not None:
         _post(output.webhook, document, timeout_s)
     else:
         assert output.command is not None
         _run(output.command, document, timeout_s)
+
+
+@contextmanager
+def shown(wanted: bool) -> Iterator[Callable[[str], None]]:
+    """Yield what writes pieces of an answer to standard output, which is its own until its end; or what writes nothing."""
+    if not wanted:
+        yield lambda _: None
+        return
+    with _STDOUT:
+        try:
+            yield lambda piece: print(piece, end="", flush=True)
+        finally:
+            print(flush=True)
 
 
 def _append(path: Path, document: Mapping[str, Any]) -> None:

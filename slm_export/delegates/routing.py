@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from slm_export.bench.temperature import host_temperature
 from slm_export.delegates.config import Delegate, Remote, Rule, Sampling
-from slm_export.delegates.local import Answer, Bundles
+from slm_export.delegates.local import Answer, Bundles, Show
 from slm_export.errors import SlmExportError
 
-Ask = Callable[[Remote, str, Sampling], Answer]
+Ask = Callable[[Remote, str, Sampling, Show], Answer]
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,20 @@ def answer(
     bundles: Bundles,
     ask: Ask,
     machine: Callable[[], Machine] = Machine.now,
+    show: Show = lambda _: None,
 ) -> Answered:
-    """Return the answer of one of the places that a delegate may ask.
+    """Return the answer of one of the places that a delegate may ask; it is shown as it comes.
 
     Raises:
         SlmExportError: none of them answers.
     """
     if delegate.where == "remote" and not private:
         assert delegate.remote is not None
-        return Answered(ask(delegate.remote, prompt, delegate.sampling))
+        return Answered(ask(delegate.remote, prompt, delegate.sampling, show))
     assert delegate.bundle is not None, "checked when the file is read, and for private inputs when they come"
     if delegate.rule is None or delegate.remote is None or private:
-        return Answered(_here(delegate, prompt, bundles))
-    return _by_rule(delegate, delegate.rule, delegate.remote, prompt, bundles, ask, machine)
+        return Answered(_here(delegate, prompt, bundles, show))
+    return _by_rule(delegate, delegate.rule, delegate.remote, prompt, bundles, ask, machine, show)
 
 
 def _by_rule(
@@ -65,21 +66,22 @@ def _by_rule(
     bundles: Bundles,
     ask: Ask,
     machine: Callable[[], Machine],
+    show: Show,
 ) -> Answered:
     assert delegate.bundle is not None
     tokens = bundles.tokens(delegate.bundle, delegate.format, prompt) if rule.longer_than else 0
     why, local = _before(rule, tokens, machine()), None
     if why is None:
-        local = _here(delegate, prompt, bundles)
+        local = _here(delegate, prompt, bundles, show)
         why = _after(rule, local)
         if why is None:
             return Answered(local)
     try:
-        return Answered(ask(remote, prompt, delegate.sampling), why)
+        return Answered(ask(remote, prompt, delegate.sampling, show), why)
     except SlmExportError as error:
         # A doubtful answer is more than none.
         if local is None:
-            local = _here(delegate, prompt, bundles)
+            local = _here(delegate, prompt, bundles, show)
         return Answered(local, f"{why}, but {error}")
 
 
@@ -102,6 +104,6 @@ def _after(rule: Rule, local: Answer) -> str | None:
     return f"a confidence of {found:.2f} is below {least:g}"
 
 
-def _here(delegate: Delegate, prompt: str, bundles: Bundles) -> Answer:
+def _here(delegate: Delegate, prompt: str, bundles: Bundles, show: Show) -> Answer:
     assert delegate.bundle is not None
-    return bundles.answer(delegate.bundle, delegate.format, prompt, delegate.sampling, delegate.nearest)
+    return bundles.answer(delegate.bundle, delegate.format, prompt, delegate.sampling, delegate.nearest, show)
