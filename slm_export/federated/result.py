@@ -43,7 +43,10 @@ def write_result(base: Base, base_sha256: str, federation: Federation, state: St
         by="federate",
         rows=(),
         lineage={"base": told["base"]},
-        settings={name: told[name] for name in ("learns", "rounds", "refused", "privacy", "settings_sha256")},
+        settings={
+            name: told[name]
+            for name in ("learns", "clients", "rounds", "refused", "privacy", "settings_sha256")
+        },
     )
     save(base, state.tensors, folder)
     with machine_errors("write the result", folder):

@@ -43,9 +43,24 @@ def taught_notes(report: Report) -> list[str]:
             notes.append(f"{name}: mean cosine {figure(quality.cosine_mean)} to the child after, {where}")
         elif isinstance(quality, ScoreQuality):
             notes.append(f"{name}: agreement {figure(quality.agreement)} with the child after, {where}")
+    if learned["by"] == "federate":
+        notes.append(_federated(learned["settings"]))
     if learned.get("data_licence"):
         notes.append(f"licence of the text that it learned from: {learned['data_licence']}")
     return notes
+
+
+def _federated(told: dict[str, Any]) -> str:
+    rounds, privacy = told["rounds"], told["privacy"]
+    note = f"taught by {told['clients']} clients in {rounds['that_changed']} rounds, on texts that stayed with them; "
+    if privacy["unit"] == "none":
+        return note + "no differential privacy"
+    spent, declared = privacy["spent"], privacy["declared"]
+    epsilon = "unknown" if spent["epsilon"] is None else figure(spent["epsilon"])
+    return (
+        f"{note}{privacy['unit']}-level differential privacy: epsilon {epsilon}, of a budget of "
+        f"{figure(declared['epsilon'])}, at delta {declared['delta']:g} (accountant: {privacy['accountant']})"
+    )
 
 
 def _perplexity(result: FormatResult) -> str:
