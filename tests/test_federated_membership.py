@@ -1,4 +1,4 @@
-"""What an attack by loss tells of who was among the examples: much without privacy, less the smaller epsilon is."""
+"""What an attack by loss tells of who was learned from: much without privacy, less the smaller epsilon is."""
 
 from __future__ import annotations
 
@@ -6,29 +6,28 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "benchmarks" / "federated"))
 
-from membership import DELTA, advantage, attack, bound
-from vectors import examples_of, head_on
+from membership import (
+    DELTA,
+    OF_A_CLIENT,
+    Attacked,
+    advantage,
+    attack,
+    bound,
+    by_chance,
+    by_client,
+    by_example,
+)
 
 from slm_export.federated.settings import Local
 
 pytest.importorskip("opacus", reason="pip install 'slm-export[federated]'")
 
-TEXTS, WIDTH = 128, 256
-LOCAL = Local(steps=30, batch=64, length=8, rate=3e-2)
 
-
-def test_the_advantage_drops_as_epsilon_does() -> None:
-    # Classes by chance: whatever a model knows of them it remembers of the examples.
-    chance = np.random.default_rng(0)
-    vectors = torch.nn.functional.normalize(torch.from_numpy(chance.standard_normal((TEXTS, WIDTH))), dim=-1)
-    base = head_on(vectors, ("no", "yes"))
-    examples = examples_of(range(TEXTS), chance.integers(0, 2, TEXTS).tolist())
-    found = [attack(base, examples, LOCAL, 0.1, epsilon, range(12)) for epsilon in (None, 64.0, 0.5)]
+def drops(found: list[Attacked]) -> None:
     none, little, much = (one.by_loss for one in found)
     assert none.low > 0.4
     assert little.high < none.low
@@ -37,6 +36,18 @@ def test_the_advantage_drops_as_epsilon_does() -> None:
     for one in found:
         assert one.by_loss.low <= one.bound
         assert one.epsilon is None or (one.spent is not None and one.spent <= one.epsilon)
+
+
+def test_the_advantage_drops_as_epsilon_of_an_example_does() -> None:
+    base, examples = by_chance(128, 256)
+    learn = by_example(base, Local(steps=30, batch=64, length=8, rate=3e-2), clip=0.1)
+    drops([attack(base, examples, learn, epsilon, range(12)) for epsilon in (None, 64.0, 0.5)])
+
+
+def test_the_advantage_drops_as_epsilon_of_a_client_does() -> None:
+    base, examples = by_chance(64 * OF_A_CLIENT, 512)
+    learn = by_client(base, Local(steps=5, batch=4, length=8, rate=3e-2), clip=1.0, rounds=3)
+    drops([attack(base, examples, learn, epsilon, range(8), OF_A_CLIENT) for epsilon in (None, 8.0, 0.5)])
 
 
 def test_an_attack_that_knows_all_finds_all_and_one_that_guesses_finds_nothing() -> None:

@@ -1,14 +1,18 @@
-"""Whether a text was among those that were learned from: how well a model's loss tells, without privacy and with it.
+"""Whether somebody's text was learned from: how well a model's loss tells, without privacy and with it.
 
     python benchmarks/federated/membership.py --out FOLDER
 
-An adapter on examples/pycode-5m learns half of a set of texts, by chance; the attack sees its losses on all of them
+Half of those there are, by chance, are members; the attack sees the losses of a model that was taught by them on all,
 and says "member" below the mean loss of the members (Yeom, Giacomelli, Fredrikson and Jha, 2018). It is given what the
-base said of each text before, too, and then goes by the difference (Watson, Guo, Cormode and Sablayrolles, 2022). Its
-advantage is the share of members that it finds less the share of others that it takes for members: 0 by guessing.
-Privacy is that of an example, by Opacus on the client; no attack whatever has more than (e^epsilon - 1 + 2 delta) /
-(e^epsilon + 1) (Humphries et al., 2023). Intervals are percentiles of a bootstrap over the texts. Writes
-membership.json and a plot; one thread.
+base said before, too, and then goes by the difference (Watson, Guo, Cormode and Sablayrolles, 2022). Its advantage is
+the share of members that it finds less the share of others that it takes for members: 0 by guessing. No attack has more
+than (e^epsilon - 1 + 2 delta) / (e^epsilon + 1) (Humphries et al., 2023).
+
+    adapter    on examples/pycode-5m, taught by windows of this project's documentation; a member is a window
+    examples   a head on vectors by chance, whose classes are by chance too, so that all it can learn is who was there
+    clients    the same, taught by clients of four texts each in a federation, whose server clips and adds noise
+
+Intervals are percentiles of a bootstrap over those attacked. Writes membership.json and a plot; one thread.
 """
 
 from __future__ import annotations
@@ -17,15 +21,17 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from in_process import Rounds, together
+from vectors import examples_of, head_on
 
-from slm_export.federated.accounting import Ledger
+from slm_export.federated.accounting import Ledger, noise_for
 from slm_export.federated.base import Base, open_base, put, start
 from slm_export.federated.examples import Examples, read_examples
 from slm_export.federated.local import losses, train
@@ -37,7 +43,12 @@ from slm_export.learning.measures import Interval
 ROOT = Path(__file__).resolve().parents[2]
 EPSILONS = (None, 64.0, 16.0, 4.0, 1.0)
 DELTA = 1e-3
+OF_A_CLIENT = 4
+"""Texts."""
 _DRAWS = 2000
+
+Learn = Callable[[Examples, float | None, int], tuple[Tensors, float | None]]
+"""Members, epsilon and a seed -> what was learned, and what was spent."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +68,15 @@ class Attacked:
 
 def bound(epsilon: float | None, delta: float) -> float:
     """Return the most advantage that any attack can have."""
-    return 1.0 if epsilon is None else min(1.0, (math.expm1(epsilon) + 2 * delta) / (math.exp(epsilon) + 1))
+    if epsilon is None:
+        return 1.0
+    return min(1.0, (math.expm1(epsilon) + 2 * delta) / (math.exp(epsilon) + 1))
 
 
 def advantage(members: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> Interval:
     """Return the mean advantage of the attack over several models.
 
-    Given   members, others: of each model the scores of texts, low where it knows them
+    Given   members, others: of each model the scores, low where it knows somebody
     """
     chance = np.random.default_rng(0)
 
@@ -82,35 +95,27 @@ def advantage(members: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> In
 
 
 @torch.no_grad()
-def losses_of(base: Base, tensors: Tensors, examples: Examples) -> np.ndarray:
-    """Return the loss of every example in nats, float64."""
+def losses_of(base: Base, tensors: Tensors, examples: Examples, size: int) -> np.ndarray:
+    """Return the mean loss of every ``size`` examples in a row, in nats, float64."""
     put(base, tensors)
     found = [losses(base, batch) for batch in batches(examples.rows, base.tokenizer.pad_id)]
-    return torch.cat(found).double().numpy()
+    return torch.cat(found).double().numpy().reshape(-1, size).mean(1)
 
 
 def attack(
-    base: Base, examples: Examples, local: Local, clip: float, epsilon: float | None, seeds: Sequence[int]
+    base: Base, examples: Examples, learn: Learn, epsilon: float | None, seeds: Sequence[int], size: int = 1
 ) -> Attacked:
-    """Train on one half of the examples for every seed, and attack each model."""
-    before = losses_of(base, start(base), examples)
+    """Teach by one half for every seed, and attack each model; ``size`` examples in a row are one to be found."""
     inside, outside, spent = [], [], None
     for seed in seeds:
-        order = np.random.default_rng(seed).permutation(len(examples))
-        half = len(order) // 2
-        privacy = Privacy()
-        if epsilon is not None:
-            privacy = Privacy(unit="example", epsilon=epsilon, delta=DELTA, clip=clip, accountant="rdp")
-        learned = train(
-            base, start(base), examples.take(order[:half]), local, privacy, seed, entropy=1_000_003 * seed
-        )
-        if epsilon is not None:
-            assert isinstance(learned.ledger, Ledger)
-            assert learned.steps == local.steps
-            spent = learned.ledger.epsilon(DELTA, "rdp")
-        after = losses_of(base, learned.tensors, examples)
-        for side, chosen in ((inside, order[:half]), (outside, order[half : 2 * half])):
-            side.append((after[chosen], after[chosen] - before[chosen]))
+        order = np.random.default_rng(seed).permutation(len(examples) // size)
+        sides = []
+        for some in np.split(order[: len(order) // 2 * 2], 2):
+            sides.append(examples.take((some[:, None] * size + np.arange(size)).ravel().tolist()))
+        tensors, spent = learn(sides[0], epsilon, seed)
+        for side, into in zip(sides, (inside, outside), strict=True):
+            before, after = (losses_of(base, these, side, size) for these in (start(base), tensors))
+            into.append((after, after - before))
     by_loss, by_difference = (
         advantage([one[kind] for one in inside], [one[kind] for one in outside]) for kind in (0, 1)
     )
@@ -118,72 +123,109 @@ def attack(
     return Attacked(epsilon, spent, by_loss, by_difference, bound(epsilon, DELTA), loss)
 
 
+def by_example(base: Base, local: Local, clip: float) -> Learn:
+    """Return what a client does; privacy is that of an example."""
+
+    def learn(members: Examples, epsilon: float | None, seed: int) -> tuple[Tensors, float | None]:
+        privacy = Privacy()
+        if epsilon is not None:
+            privacy = Privacy(unit="example", epsilon=epsilon, delta=DELTA, clip=clip, accountant="rdp")
+        learned = train(base, start(base), members, local, privacy, seed, entropy=1_000_003 * seed)
+        assert learned.steps == local.steps
+        return learned.tensors, None if learned.ledger is None else learned.ledger.epsilon(DELTA, "rdp")
+
+    return learn
+
+
+def by_client(base: Base, local: Local, clip: float, rounds: int) -> Learn:
+    """Return what a federation of clients does that all take part in every round; privacy is that of a client."""
+
+    def learn(members: Examples, epsilon: float | None, seed: int) -> tuple[Tensors, float | None]:
+        noise = None if epsilon is None else noise_for(epsilon, DELTA, 1.0, rounds, "rdp")
+        groups = np.arange(len(members)).reshape(-1, OF_A_CLIENT).tolist()
+        tensors = together(
+            base, [members.take(group) for group in groups], local, Rounds(rounds, 1.0, clip, noise), seed
+        )
+        spent = None if noise is None else Ledger().plus(noise, 1.0, rounds).epsilon(DELTA, "rdp")
+        return tensors, spent
+
+    return learn
+
+
+def by_chance(texts: int, width: int) -> tuple[Base, Examples]:
+    """Return a head on vectors by chance, and as many examples with classes by chance."""
+    chance = np.random.default_rng(0)
+    vectors = torch.from_numpy(chance.standard_normal((texts, width)))
+    base = head_on(torch.nn.functional.normalize(vectors, dim=-1), ("no", "yes"))
+    return base, examples_of(range(texts), chance.integers(0, 2, texts).tolist())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--text", type=Path, default=ROOT / "docs", help="what is learned and attacked")
-    parser.add_argument("--texts", type=int, default=96, help="half of them are members")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rate", type=float, default=1e-2)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--texts", type=int, default=96, help="that the adapter learns half of")
+    parser.add_argument("--steps", type=int, default=60, help="of the adapter")
+    parser.add_argument("--rate", type=float, default=1e-2, help="of the adapter")
+    parser.add_argument("--seeds", type=int, default=3, help="of the adapter; the heads have 12")
     parser.add_argument("--plot", type=Path, help="[default: OUT/membership.svg]")
     given = parser.parse_args()
     torch.set_num_threads(1)
     given.out.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
+    began, told = time.monotonic(), dict[str, list[Attacked]]()
+    head, random_texts = by_chance(128, 256)
+    local = Local(steps=30, batch=64, length=8, rate=3e-2)
+    learn = by_example(head, local, 0.1)
+    told["examples"] = [attack(head, random_texts, learn, epsilon, range(12)) for epsilon in EPSILONS]
+    head, random_texts = by_chance(128 * OF_A_CLIENT, 1024)
+    learn = by_client(head, Local(steps=5, batch=4, length=8, rate=3e-2), 1.0, 10)
+    told["clients"] = [
+        attack(head, random_texts, learn, epsilon, range(4), OF_A_CLIENT) for epsilon in EPSILONS
+    ]
     base = open_base(Model(base=str(ROOT / "examples" / "pycode-5m"), rank=8))
-    found = read_examples(base, [given.text], 64)
+    found = read_examples(base, [ROOT / "docs"], 64)
     step = len(found) // given.texts
-    examples = found.take(range(0, step * given.texts, step))
-    local = Local(steps=given.steps, batch=16, length=64, rate=given.rate)
-    rows = []
-    for epsilon in EPSILONS:
-        rows.append(attack(base, examples, local, 1.0, epsilon, range(given.seeds)))
-        print(_line(rows[-1]), flush=True)
-    told: dict[str, Any] = {
-        "rows": [asdict(row) for row in rows],
+    windows = found.take(range(0, step * given.texts, step))
+    learn = by_example(base, Local(steps=given.steps, batch=16, length=64, rate=given.rate), 1.0)
+    told["adapter"] = [attack(base, windows, learn, epsilon, range(given.seeds)) for epsilon in EPSILONS]
+    for name, rows in told.items():
+        print("\n".join(_line(name, row) for row in rows), flush=True)
+    document: dict[str, Any] = {name: [asdict(row) for row in rows] for name, rows in told.items()}
+    document |= {
         "delta": DELTA,
-        "texts": len(examples),
-        "settings": local.model_dump(),
-        "seeds": given.seeds,
-        "seconds": time.monotonic() - began,
+        "settings": {k: v for k, v in vars(given).items() if k not in ("out", "plot")},
     }
-    (given.out / "membership.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    _plot(rows, given.plot or given.out / "membership.svg")
+    document["seconds"] = time.monotonic() - began
+    (given.out / "membership.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    _plot(told, given.plot or given.out / "membership.svg")
 
 
-def _line(row: Attacked) -> str:
-    name = "none" if row.epsilon is None else f"{row.epsilon:g}"
+def _line(name: str, row: Attacked) -> str:
+    epsilon = "none" if row.epsilon is None else f"{row.epsilon:g}"
     cells = (row.by_loss, row.by_difference)
     shares = " | ".join(f"{one.value:.0%} ({one.low:.0%} to {one.high:.0%})" for one in cells)
-    return f"| {name} | {shares} | {row.bound:.0%} | {math.exp(row.loss):.1f} |"
+    return f"| {name} | {epsilon} | {shares} | {row.bound:.0%} | {row.loss:.2f} |"
 
 
-def _plot(rows: Sequence[Attacked], path: Path) -> None:
+def _plot(told: dict[str, list[Attacked]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams["svg.hashsalt"] = "slm-export"
-    figure, axes = plt.subplots(figsize=(6, 3.6))
-    names = ["none" if row.epsilon is None else f"{row.epsilon:g}" for row in rows]
-    for shift, label, key in (
-        (-0.08, "by loss", "by_loss"),
-        (0.08, "by difference to the base", "by_difference"),
-    ):
-        found: list[Interval] = [getattr(row, key) for row in rows]
-        values = [one.value for one in found]
-        bars = [
-            [value - one.low for value, one in zip(values, found, strict=True)],
-            [one.high - value for value, one in zip(values, found, strict=True)],
-        ]
+    figure, axes = plt.subplots(figsize=(6.5, 3.6))
+    for shift, (name, rows) in zip((-0.12, 0.0, 0.12), told.items(), strict=True):
+        best = [max(row.by_loss, row.by_difference, key=lambda one: one.value) for row in rows]
+        bars = [[one.value - one.low for one in best], [one.high - one.value for one in best]]
         places = [place + shift for place in range(len(rows))]
-        axes.errorbar(places, values, yerr=bars, fmt="o", capsize=3, label=label)
+        axes.errorbar(places, [one.value for one in best], yerr=bars, fmt="o", capsize=3, label=name)
+    rows = next(iter(told.values()))
     axes.plot(
-        range(len(rows)), [row.bound for row in rows], "k_", markersize=18, label="no attack can do better"
+        range(len(rows)), [row.bound for row in rows], "k_", markersize=22, label="most that any attack has"
     )
     axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set_xticks(range(len(rows)), names)
-    axes.set_xlabel(f"epsilon of an example (delta = {DELTA:g})")
-    axes.set_ylabel("advantage of the attack")
+    axes.set_xticks(
+        range(len(rows)), ["no privacy" if row.epsilon is None else f"{row.epsilon:g}" for row in rows]
+    )
+    axes.set_xlabel(f"epsilon (delta = {DELTA:g})")
+    axes.set_ylabel("advantage, the better attack")
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
