@@ -20,7 +20,7 @@ from slm_export.errors import InputError, needs
 from slm_export.exporters.onnx_genai import GenaiTokenizer, generate, write_config
 from slm_export.exporters.onnx_session import open_session
 from slm_export.results import Artifact, Check, Signature, written
-from slm_export.runtime import ExportOptions, Session
+from slm_export.runtime import ExportOptions, Factors, Session
 from slm_export.source.tasks import ENDINGS, GENERATION
 from slm_export.tokenization.runtime_tokenizers import RuntimeTokenizer
 from slm_export.tokenization.tokenizer import TOKENIZER_FILES
@@ -46,6 +46,7 @@ class OnnxExporter:
         "onnxruntime-genai",
     )
     tables: ClassVar[bool] = False
+    adapter_suffix: ClassVar[str] = ".onnx_adapter"
     dense_only: ClassVar[str | None] = (
         "ONNX Runtime has no sparse kernel for a quantized matrix (a sparse initializer is made dense as it is loaded)"
     )
@@ -126,6 +127,26 @@ class OnnxExporter:
         with needs(self.name, _PACKAGES):
             importlib.import_module("onnxruntime_genai")
         return GenaiTokenizer(path.parent)
+
+    def write_adapter(self, factors: Mapping[str, Factors], base: Path, path: Path) -> None:
+        """Write an ``.onnx_adapter`` for the model at ``base``."""
+        from slm_export.exporters.onnx_places import write_adapter
+
+        write_adapter(factors, base, path)
+
+    def stored_factors(self, path: Path, base: Path) -> Mapping[str, Factors]:
+        """Return what an ``.onnx_adapter`` for the model at ``base`` adds to each weight."""
+        from slm_export.exporters.onnx_places import read_factors
+
+        return read_factors(path, base)
+
+    def generate_adapted(
+        self, path: Path, tokenizer: Path, prompt: str, tokens: int, bos: int, adapter: Path
+    ) -> str:
+        """Return greedy text of onnxruntime-genai with an adapter on."""
+        with needs(self.name, _PACKAGES):
+            importlib.import_module("onnxruntime_genai")
+        return generate(path.parent, prompt, tokens, bos, adapter)
 
     def set_threads(self, count: int) -> None:
         """Let sessions that are opened from now on use ``count`` threads."""

@@ -16,7 +16,7 @@ ones MLAS falls back to a plain loop on x86, 50 times slower.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError
+from slm_export.exporters.onnx_places import Place
 from slm_export.exporters.onnx_stored import CODES, COLUMNS, SCALES, SUMS, Stored
 from slm_export.graph.dialect import AttentionShape, Position, fake_quantize_per_token
 from slm_export.weights import Dense, Quantized, Weight, on_grid
@@ -82,8 +83,10 @@ class Call:
 class OnnxDialect:
     """Makes parts for ONNX Runtime. ``stored`` and ``layers`` tell afterwards what was made."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, places: Collection[str] = ()) -> None:
+        """``places``: names of weights that adapters may add to."""
         self._names = {id(weight): name for name, weight in checkpoint.weights.items()}
+        self._places = frozenset(places)
         self._shared = frozenset(checkpoint.tied.values())
         self.stored: dict[str, Stored] = {}
         self.layers: list[AttentionShape] = []
@@ -93,9 +96,14 @@ class OnnxDialect:
         """Return a linear layer on the codes themselves, or on float32 or float16 values."""
         weight = on_grid(weight)
         stored = self._stored(weight, by_column=True)
+        part: nn.Module
         if isinstance(weight, Dense):
-            return _FloatLinear(stored, bias)
-        return _Int4Linear(stored, weight, bias) if weight.bits == 4 else _Int8Linear(stored, bias, self.call)
+            part = _FloatLinear(stored, bias)
+        elif weight.bits == 4:
+            part = _Int4Linear(stored, weight, bias)
+        else:
+            part = _Int8Linear(stored, bias, self.call)
+        return Place(part, stored.name, weight.shape) if stored.name in self._places else part
 
     def embedding(self, weight: Weight) -> nn.Module:
         """Return a table look-up."""

@@ -16,6 +16,7 @@ from slm_export.runtime import ExportOptions
 from slm_export.tokenization.runtime_tokenizers import TokenizerLoadError
 
 CONFIG = "genai_config.json"
+_ADAPTER = "adapter"
 _SAMPLER = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 """What generation_config.json may say, in words that are the same there."""
 
@@ -26,8 +27,12 @@ def write_config(
     """Write genai_config.json beside the model at ``path``."""
     config = checkpoint.config.get_text_config()
     names = {part: f"past_key_values.%d.{part}" for part in ("key", "value")}
+    session: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
+    if options.places:
+        # Else a warning for each, that an input with a default is no constant.
+        session["log_severity_level"] = 3
     decoder = {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "session_options": session,
         "filename": path.name,
         "head_size": layers[0].head_dim,
         "hidden_size": config.hidden_size,
@@ -140,8 +145,12 @@ class GenaiTokenizer:
             raise ValueError(str(error)) from error
 
 
-def generate(folder: Path, prompt: str, tokens: int, bos: int) -> str:
-    """Return ``tokens`` greedy tokens as text; ``bos``: how many opening tokens come before the prompt."""
+def generate(folder: Path, prompt: str, tokens: int, bos: int, adapter: Path | None = None) -> str:
+    """Return ``tokens`` greedy tokens as text.
+
+    Given   bos: how many opening tokens come before the prompt
+            adapter: an ``.onnx_adapter`` that is on meanwhile
+    """
     import onnxruntime_genai as genai
 
     model = genai.Model(str(folder))
@@ -151,6 +160,10 @@ def generate(folder: Path, prompt: str, tokens: int, bos: int) -> str:
     parameters = genai.GeneratorParams(model)
     parameters.set_search_options(do_sample=False, max_length=len(ids) + tokens)
     generator = genai.Generator(model, parameters)
+    if adapter is not None:
+        adapters = genai.Adapters(model)
+        adapters.load(str(adapter), _ADAPTER)
+        generator.set_active_adapter(adapters, _ADAPTER)
     generator.append_tokens(ids)
     stream, parts = tokenizer.create_stream(), []
     while not generator.is_done():

@@ -6,11 +6,13 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from slm_export import __version__
 from slm_export.errors import InputError
 from slm_export.exporters.onnx_fused import fuse
+from slm_export.exporters.onnx_places import leave_open
 from slm_export.exporters.onnx_stamp import stamp
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ def convert(
     outputs: Mapping[str, Shape],
     metadata: Mapping[str, str],
     layers: Layers | None = None,
+    places: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> tuple[bytes, set[str]]:
     """Return a ModelProto of a traced program, serialized, and the names of the weights that it uses and does not hold.
 
@@ -41,6 +44,7 @@ def convert(
             inputs, outputs: their names and shapes, in the order of the program
             metadata: what the file is to say of itself
             layers: where the program is of the first three, all of them
+            places: inputs that adapters feed, and the size of each that is fixed
     """
     import onnx_ir as ir
 
@@ -54,12 +58,14 @@ def convert(
         past = ends[2:]
         stamp(model.graph, past, layers)
         ends[2:] = past
-    own = set(map(id, ends))
+    opened = leave_open(model.graph, places)
+    own = set(map(id, (*ends, *opened)))
     used = {value.name for value in model.graph.inputs if id(value) not in own and value.uses()}
     _tidy(model)
     model.graph.inputs[:] = ends
     _clear_metadata(model)
     _name_ends(model.graph, inputs, outputs)
+    model.graph.inputs.extend(opened)
     model.graph.name = "model"
     model.producer_name, model.producer_version = "slm-export", __version__
     model.metadata_props.update(metadata)

@@ -16,6 +16,7 @@ from slm_export.exporters.onnx_dialect import OnnxDialect
 from slm_export.exporters.onnx_file import write_model
 from slm_export.exporters.onnx_graph import Shape, convert, trace, translate
 from slm_export.exporters.onnx_norms import with_norms
+from slm_export.exporters.onnx_places import inputs_of
 from slm_export.exporters.onnx_rotary import rotary_operators
 from slm_export.exporters.onnx_stamp import TRACED
 from slm_export.exporters.onnx_stored import Stored
@@ -72,7 +73,7 @@ def write_decoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) ->
 def _write_decoder(
     checkpoint: Checkpoint, options: ExportOptions, path: Path, layers: Layers | None
 ) -> Written:
-    dialect = OnnxDialect(checkpoint)
+    dialect = OnnxDialect(checkpoint, options.places)
     decoder = build_decoder(checkpoint, dialect, options.context)
     _refuse_unlike(checkpoint, dialect.layers)
     model = with_norms(decoder.model)
@@ -87,7 +88,8 @@ def _write_decoder(
     program = _trace_decoder(module, traced, options.context)
     inputs, outputs = _ends(dialect.layers, checkpoint.config.get_text_config().vocab_size)
     metadata = {TASK: checkpoint.task, CONTEXT: str(options.context)}
-    graph, used = convert(program, _names(module, dialect), inputs, outputs, metadata, layers)
+    places = inputs_of({name: checkpoint.weights[name].shape for name in options.places})
+    graph, used = convert(program, _names(module, dialect), inputs, outputs, metadata, layers, places)
     size = write_model(graph, _stored(dialect, vectors, used), path)
     return size, dialect.layers, _described(inputs, "int64"), _described(outputs, "float32")
 

@@ -12,7 +12,7 @@ from slm_export import options
 
 @click.group()
 def adapter() -> None:
-    """Adapters that go on learning in the app (docs/adapters.md)."""
+    """Adapters of a bundle, and those that go on learning in the app (docs/adapters.md)."""
 
 
 @adapter.command()
@@ -57,6 +57,47 @@ def trainer(as_json: bool, **asked: Any) -> None:
     from slm_export.commands.adapter import trainer_command
 
     trainer_command(asked, as_json)
+
+
+@adapter.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("adapters", nargs=-1, required=True, metavar="NAME=FOLDER...")
+@click.option("--source", required=True, metavar="MODEL", help="The model that the bundle was made from.")
+@options.EVAL_TEXT
+@options.CALIBRATION
+@options.OFFLINE
+@options.JSON
+def add(bundle: Path, **asked: Any) -> None:
+    """Add adapters to a BUNDLE that has places for them; the base is not exported again.
+
+    NAME=FOLDER is a name for the adapter and the folder that peft saved. The bundle must have been exported with an
+    adapter (`slm-export MODEL --adapter NAME=FOLDER`) of the same layers; ranks may differ. With each adapter on the
+    gate is passed as the base passed it, or nothing changes.
+    """
+    from slm_export.commands.adapter import add_command
+
+    add_command(bundle, **asked)
+
+
+@adapter.command("list")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@options.JSON
+def list_(bundle: Path, as_json: bool) -> None:
+    """List the adapters of a BUNDLE, and whether their files are what was written."""
+    from slm_export.commands.adapter import list_command
+
+    list_command(bundle, as_json)
+
+
+@adapter.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("name")
+@options.JSON
+def remove(bundle: Path, name: str, as_json: bool) -> None:
+    """Remove the adapter NAME of a BUNDLE."""
+    from slm_export.commands.adapter import remove_command
+
+    remove_command(bundle, name, as_json)
 
 
 ADAPTER = (adapter,)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from slm_export.adapters.formats import refuse_adapters
 from slm_export.budget.budget import Budget
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError
@@ -50,6 +51,8 @@ class Request:
     """Limits that the recipe is searched for; see `search`."""
     locked: Path | None = None
     """The lock file that the export is held against."""
+    adapters: tuple[tuple[str, Path], ...] = ()
+    """Names and peft folders of adapters that stay apart."""
     force: bool = False
     verify: bool = True
     bench: bool = True
@@ -79,6 +82,7 @@ class Request:
             eval_text=self.eval_text or settings.eval_text,
             calibration=self.calibration or settings.calibration,
             gates=self.gates.over(settings.gates),
+            adapters=self.adapters or tuple((settings.adapters or {}).items()),
             budget=self.budget.over(settings.budget()),
         )
 
@@ -136,6 +140,9 @@ def make_plan(request: Request) -> Plan:
             )
     recipe = build_recipe(
         request.passes or profile.recipe, request.quantization, _source_of(request, profile)
+    )
+    refuse_adapters(
+        request.adapters, [step.name for step in recipe], exporters, searched=bool(request.budget)
     )
     _refuse_tables(recipe, exporters, profile)
     _refuse_zeros(recipe, exporters, profile)

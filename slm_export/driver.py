@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from slm_export import __version__, fidelity
+from slm_export.adapters.build import build_adapters, places_of, read_adapters
+from slm_export.adapters.low_rank import LowRank
 from slm_export.bundles import bundle
 from slm_export.bundles.finished import until_the_end
 from slm_export.bundles.lock import write_lock
@@ -74,6 +76,7 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
         inputs = inputs_of(
             plan, plan.recipe, toolchain, source_of(folder, plan.request.revision, facts.source_sha256)
         )
+        adapters = read_adapters(plan.request.adapters, source, facts.source_sha256, progress)
         calibration = calibration_for(plan.recipe, plan.request.calibration, source, tokenizer, progress)
         optimized = optimize(plan.recipe, source, facts.source_sha256, calibration, kept, progress)
         checkpoint = optimized.checkpoint
@@ -84,6 +87,7 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
         with bundle.machine_errors("copy the licence", staging.path):
             copy_licences(folder, staging.path)
         options = _options(plan, context, tokenizer, staging.path / "tokenizer")
+        options = replace(options, places=places_of(adapters, source))
         runners = _runner_tokenizers(plan, source, staging.path)
         notes = [
             *plan.notes,
@@ -101,7 +105,7 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
         artifacts = tuple(artifact for artifact, _ in subjects)
         if lock is not None:
             notes += lock.refuse_other_bytes(artifacts, staging.path)
-        results, pairs, more = _prove(plan, subjects, source, optimized, progress)
+        results, pairs, more = _prove(plan, subjects, adapters, (source, optimized), progress)
         notes += more
         report = Report(
             model=facts,
@@ -195,8 +199,8 @@ def _write(
 def _prove(
     plan: Plan,
     subjects: Sequence[tuple[Artifact, Subject]],
-    source: Checkpoint,
-    optimized: Optimized,
+    adapters: Sequence[LowRank],
+    models: tuple[Checkpoint, Optimized],
     progress: Progress,
 ) -> tuple[tuple[FormatResult, ...], tuple[Pair, ...], list[str]]:
     """Open every artifact again, compare it with its source and with the others, and measure it."""
@@ -204,9 +208,14 @@ def _prove(
     results: list[FormatResult] = []
     traces: dict[str, Trace] = {}
     notes: list[str] = []
+    source, optimized = models
     with fidelity.references(source, optimized.checkpoint, optimized.steps, len(subjects)) as made_from:
         for artifact, subject in subjects:
             result, judged = _judge(plan, artifact, subject, made_from, several, progress)
+            if adapters:
+                judged_with = made_from if plan.request.verify else None
+                built, checks = build_adapters(adapters, subject, artifact, judged_with, progress)
+                result = replace(result, adapters=built, checks=(*result.checks, *checks))
             results.append(result)
             notes += [f"{artifact.format}: {note}" if several else note for note in judged.notes]
             if judged.trace is not None:

@@ -39,6 +39,16 @@ class Subject:
     context: int
     """What the bundle says of the artifact: positions of a decoder's cache, the longest input of an encoder."""
 
+    @property
+    def bundle(self) -> Path:
+        """The folder that the artifact is in, with tokenizer and all."""
+        return self.path.parents[len(Path(self.exporter.file(self.task)).parts) - 1]
+
+    @property
+    def prompt(self) -> str:
+        """The beginning of the held-out text."""
+        return " ".join(self.documents[0].split()[:12])
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -64,7 +74,7 @@ def judge_artifact(
             steps = judge_steps(references.steps, subject.gates)
         if exporter.elsewhere is None:  # else executed in float32 by its own checks
             with progress.stage(f"write {name} in 32 bits"):
-                own = (*own, judge_exact(exporter, references.quantized, _bundle(subject) / "tokenizer"))
+                own = (*own, judge_exact(exporter, references.quantized, subject.bundle / "tokenizer"))
         with progress.stage("compare tokenizers"):
             verdict = _judge_tokenizer(subject)
             both = references.vocabularies(subject.tokenizer)
@@ -157,9 +167,8 @@ def _self_checks(subject: Subject, session: DecoderSession) -> tuple[tuple[Check
     said = (stops, opening, *_judge_vocabulary(session))
     if subject.exporter.elsewhere:
         return said, _elsewhere(subject)
-    prompt = " ".join(subject.documents[0].split()[:12])
     text = judge_vendor_text(
-        subject.exporter, subject.path, subject.runner_tokenizer, subject.tokenizer, session, prompt
+        subject.exporter, subject.path, subject.runner_tokenizer, subject.tokenizer, session, subject.prompt
     )
     return (*said, text), ()
 
@@ -199,12 +208,8 @@ def _judge_tokenizer(subject: Subject) -> fidelity.TokenizerVerdict:
         subject.gates,
     )
     # A runner's own file may be in other words than the source's (`phone_tokenizer`); the bundle's is the source's.
-    file = fidelity.judge_tokenizer_file(subject.tokenizer, _bundle(subject) / OWN_TOKENIZER)
+    file = fidelity.judge_tokenizer_file(subject.tokenizer, subject.bundle / OWN_TOKENIZER)
     return replace(verdict, checks=(*verdict.checks, file))
-
-
-def _bundle(subject: Subject) -> Path:
-    return subject.path.parents[len(Path(subject.exporter.file(subject.task)).parts) - 1]
 
 
 def _trace(subject: Subject, session: DecoderSession | EncoderSession) -> Trace:

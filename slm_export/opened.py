@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from slm_export.adapters.build import read_adapters
+from slm_export.adapters.low_rank import LowRank
+from slm_export.adapters.verify import judge_kept
 from slm_export.answers import answer
 from slm_export.bundles.bundle import Manifest, read_manifest, verify_files
-from slm_export.bundles.manifest import ArtifactEntry
+from slm_export.bundles.integrity import compare_file
+from slm_export.bundles.manifest import AdapterEntry, ArtifactEntry
 from slm_export.compilation import refuse_foreign_text
-from slm_export.errors import GateError, InputError
+from slm_export.errors import GateError, InputError, suggestion
 from slm_export.evaltext import load_documents
-from slm_export.fidelity import References, judging, references
+from slm_export.fidelity import References, judging
 from slm_export.gates import Gates
 from slm_export.generation import Sampling, generate
 from slm_export.judge import Subject, judge_artifact, self_check
-from slm_export.optimize import calibration_for, optimize, refuse_other_text
 from slm_export.parity import Stored, Trace, compare, judge_pairs
 from slm_export.probe import judge_opening
 from slm_export.progress import Progress
-from slm_export.recipe import make_pass
 from slm_export.registry import exporter
-from slm_export.results import Artifact, CalibrationFacts, Check, Pair
-from slm_export.runtime import DecoderSession, EncoderSession, Session
-from slm_export.source.hub import find_model
-from slm_export.source.load import load_checkpoint
-from slm_export.source.provenance import source_sha256
-from slm_export.tokenization.tokenizer import OWN_TOKENIZER, Detokenizer, SourceTokenizer
+from slm_export.remade import made_from, subject_of
+from slm_export.results import Artifact, Check, Pair
+from slm_export.runtime import AdaptableSession, DecoderSession, EncoderSession, Session
+from slm_export.tokenization.tokenizer import Detokenizer, SourceTokenizer
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,16 @@ class Verification:
 
 
 def verify(
-    folder: Path, source: str | None, eval_text: Path | None, calibration: Path | None, progress: Progress
+    folder: Path,
+    source: str | None,
+    eval_text: Path | None,
+    calibration: Path | None,
+    progress: Progress,
+    adapters: Sequence[tuple[str, Path]] = (),
 ) -> Verification:
     """Repeat what can be repeated: checksums always, and with the source model the whole gate.
+
+    Given   adapters: names and folders of adapters of the bundle, as they came: the gate with them on too
 
     Raises:
         InputError: not a bundle, or another source model than it was made from.
@@ -59,6 +67,10 @@ def verify(
     manifest = read_manifest(folder)
     if calibration is not None and source is None:
         raise InputError("--calibration is of use with --source alone: without it nothing is quantized again")
+    if adapters and source is None:
+        raise InputError(
+            "--adapter is of use with --source alone: an adapter is compared with its source and itself"
+        )
     with progress.stage("check files"):
         problems = verify_files(folder)
     detail = "; ".join(str(problem) for problem in problems) or f"{len(manifest.files)} files are as written"
@@ -68,49 +80,50 @@ def verify(
     if source is not None:
         passes = [str(step["pass"]) for step in manifest.recipe]
         refuse_foreign_text(passes, calibration, eval_text, judged=True)
-    opened = nullcontext() if source is None else _made_from(folder, manifest, source, calibration, progress)
-    with opened as made_from:
-        more, notes, pairs = _judge_all(folder, manifest, made_from, load_documents(eval_text), progress)
+    opened = nullcontext() if source is None else made_from(folder, manifest, source, calibration, progress)
+    with opened as models:
+        more, notes, pairs = _judge_all(
+            folder, manifest, models, adapters, load_documents(eval_text), progress
+        )
     return Verification({**checks, **more}, notes, pairs)
 
 
 def _judge_all(
     folder: Path,
     manifest: Manifest,
-    made_from: References | None,
+    models: References | None,
+    adapters: Sequence[tuple[str, Path]],
     documents: Sequence[str],
     progress: Progress,
 ) -> tuple[dict[str, tuple[Check, ...]], tuple[str, ...], tuple[Pair, ...]]:
     """Judge every artifact, and the pairs of them; return checks by format, notes and pairs."""
-    fewer = made_from is not None and made_from.quantized.vocabulary is not None
-    own = folder / "tokenizer"
-    tokenizer = SourceTokenizer.load(own if made_from is None or fewer else made_from.source.folder)
+    sources = _adapters_of(manifest, models, adapters, progress)
     several = len(manifest.artifacts) > 1
     checks: dict[str, tuple[Check, ...]] = {}
     notes: list[str] = []
     traces: dict[str, Trace] = {}
     stored: dict[str, Stored] = {}
     for entry in manifest.artifacts:
-        runner = _runner_tokenizer(folder, manifest, entry.format)
-        made, path = exporter(entry.format), folder / entry.path
-        task, context = manifest.model.task, _context(folder, manifest)
-        subject = Subject(made, path, task, tokenizer, runner, documents, manifest.gates, context)
+        subject = subject_of(folder, manifest, entry, documents, models)
+        made, path = subject.exporter, subject.path
         opens: tuple[Check, ...] = ()
         if made.elsewhere is None:  # else no native code reads it
             with progress.stage(f"try {entry.format}"):
-                opens = (judge_opening(entry.format, path, task),)
+                opens = (judge_opening(entry.format, path, subject.task),)
             if not opens[0].passed:
                 checks[entry.format] = opens
                 continue
-        if made_from is None:
+        if models is None:
             with progress.stage(f"open {entry.format}"):
                 judged = self_check(subject, trace=several)
             notes.append("fidelity was not measured: give --source MODEL")
         else:
-            judged = judge_artifact(subject, made_from, progress, trace=several)
+            judged = judge_artifact(subject, models, progress, trace=several)
         size = _size(entry, manifest.gates)
-        checks[entry.format] = (*opens, *size, *judged.checks, *_accelerated(subject))
-        notes += judged.notes
+        kept = [each for each in manifest.adapters if each.format == entry.format]
+        switched, more = judge_kept(subject, kept, models, sources, progress)
+        checks[entry.format] = (*opens, *size, *judged.checks, *switched, *_accelerated(subject))
+        notes += [*judged.notes, *more]
         if judged.trace is not None:
             traces[entry.format], stored[entry.format] = judged.trace, made.stored(path)
     pairs: tuple[Pair, ...] = ()
@@ -121,35 +134,17 @@ def _judge_all(
     return checks, tuple(dict.fromkeys(notes)), pairs
 
 
-def _context(folder: Path, manifest: Manifest) -> int:
-    context = manifest.runtime.get("context")
-    if context is None:
-        raise InputError(f"{folder}/manifest.json: runtime names no context; export the model again")
-    return int(context)
-
-
-@contextmanager
-def _made_from(
-    folder: Path, manifest: Manifest, source: str, calibration: Path | None, progress: Progress
-) -> Iterator[References | None]:
-    """Make the quantized checkpoint again, which is deterministic on one machine."""
-    model = find_model(source)
-    if source_sha256(model) != manifest.model.source_sha256:
-        raise InputError(f"{source}: not the model that {folder} was made from (another sha256)")
-    with progress.stage("read the model"):
-        original = load_checkpoint(model)
-    where = f"{folder}/manifest.json"
-    recipe = tuple(
-        make_pass(str(step["pass"]), {key: value for key, value in step.items() if key != "pass"}, where)
-        for step in manifest.recipe
-    )
-    tokenizer = SourceTokenizer.load(original.folder)
-    text = calibration_for(recipe, calibration, original, tokenizer, progress)
-    recorded = None if manifest.calibration is None else CalibrationFacts(**manifest.calibration.model_dump())
-    refuse_other_text(text, recorded, where)
-    optimized = optimize(recipe, original, manifest.model.source_sha256, text, None, progress)
-    with references(original, optimized.checkpoint, optimized.steps, len(manifest.artifacts)) as found:
-        yield found
+def _adapters_of(
+    manifest: Manifest, models: References | None, asked: Sequence[tuple[str, Path]], progress: Progress
+) -> dict[str, LowRank]:
+    """Return adapters as they came; of names that the bundle has."""
+    if models is None or not asked:
+        return {}
+    for name, _ in asked:
+        if name not in (known := {each.name for each in manifest.adapters}):
+            raise InputError(f"--adapter {name}: the bundle has no such adapter{suggestion(name, known)}")
+    read = read_adapters(asked, models.source, manifest.model.source_sha256, progress)
+    return {adapter.name: adapter for adapter in read}
 
 
 def _size(entry: ArtifactEntry, gates: Gates) -> tuple[Check, ...]:
@@ -163,27 +158,40 @@ def _accelerated(subject: Subject) -> tuple[Check, ...]:
     return judging.judge_acceleration(subject.exporter.delegation(subject.path), subject.gates)
 
 
-def _runner_tokenizer(folder: Path, manifest: Manifest, format: str) -> Path:
-    """Return the tokenizer file that a format's runner is given."""
-    named = str(dict(manifest.runtime.get("tokenizer") or {}).get(format, OWN_TOKENIZER))
-    if named not in {entry.path for entry in manifest.files}:
-        raise InputError(
-            f"{folder}/manifest.json: runtime.tokenizer names {named!r}, which is not in the bundle"
-        )
-    return folder / named
-
-
-@dataclass(frozen=True)
+@dataclass
 class OpenBundle:
     """An artifact of a bundle, open in its runtime, with the tokenizer beside it."""
 
     manifest: Manifest
     session: Session
     tokenizer: SourceTokenizer
+    adapters: Mapping[str, Callable[[], Path]] = field(default_factory=dict)
+    """Those that can be turned on -> what holds a file against the manifest and returns it."""
+    adapter: str | None = None
+    """The one that is on; `adapt` changes it."""
 
     def close(self) -> None:
         """Let go of the artifact."""
         self.session.close()
+
+    def adapt(self, name: str | None) -> None:
+        """Turn an adapter of the bundle on, by its name, or with None whichever is on off.
+
+        Raises:
+            InputError: the bundle has none of that name for this format.
+            GateError: its file is not what was written, or was written for another artifact.
+        """
+        if name == self.adapter:
+            return
+        if name is not None and name not in self.adapters:
+            hint = (
+                suggestion(name, self.adapters)
+                or "; it has none: export the model with --adapter NAME=FOLDER"
+            )
+            raise InputError(f"the bundle has no adapter '{name}' for this format{hint}")
+        assert isinstance(self.session, AdaptableSession)
+        self.session.adapt(None if name is None else self.adapters[name]())
+        self.adapter = name
 
     def text(self, prompt: str, max_tokens: int, sampling: Sampling, *, chat: bool = True) -> Iterator[str]:
         """Yield the answer to a prompt, piece by piece; the chat template is applied where there is one."""
@@ -224,7 +232,19 @@ def open_bundle(folder: Path, format: str | None = None) -> OpenBundle:
         raise GateError(f"{folder}: {problems[0]}; export the model again")
     made = exporter(entry.format)
     tokenizer = SourceTokenizer.load(folder / "tokenizer")
-    return OpenBundle(manifest, made.open(folder / entry.path, manifest.model.task), tokenizer)
+    session = made.open(folder / entry.path, manifest.model.task)
+    adapters = {
+        each.name: partial(_unchanged, folder, each)
+        for each in manifest.adapters
+        if each.format == entry.format
+    }
+    return OpenBundle(manifest, session, tokenizer, adapters)
+
+
+def _unchanged(folder: Path, entry: AdapterEntry) -> Path:
+    if problem := compare_file(folder, entry):
+        raise GateError(f"{folder}: {problem}; add the adapter again")
+    return folder / entry.path
 
 
 def to_json(verification: Verification) -> dict[str, object]:

@@ -43,6 +43,13 @@ LOCKED = click.option(
     help="Refuse to make anything but what slm-export.lock, or FILE, says. Every bundle holds such a file.",
 )
 CONTEXT = click.option("--context", type=click.IntRange(min=1), help="Tokens that the KV cache holds.")
+ADAPTERS = click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=FOLDER",
+    help="A low-rank adapter (a peft folder) that stays apart, to be turned on at run time; repeatable.",
+)
 REVISION = click.option("--revision", help="Branch, tag or commit of a hub model.")
 
 
@@ -169,6 +176,7 @@ def request_of(asked: dict[str, Any]) -> Request:
     from slm_export.budget.budget import Budget, parse_bytes
     from slm_export.compilation import Request
     from slm_export.settings import load_settings
+    from slm_export.source.adapters import parse_adapters
 
     def size(name: str) -> int | None:
         return None if asked[name] is None else parse_bytes(asked[name], f"--{name.replace('_', '-')}")
@@ -192,6 +200,7 @@ def request_of(asked: dict[str, Any]) -> Request:
             asked["min_cosine"],
         ),
         locked=asked["locked"],
+        adapters=parse_adapters(asked["adapters"]),
         force=asked["force"],
         verify=not asked["no_verify"],
         bench=not asked["no_bench"],

@@ -182,6 +182,27 @@ Latency = TokenLatency | EncoderLatency
 
 
 @dataclass(frozen=True)
+class AdapterResult:
+    """A low-rank adapter beside an artifact; ``path`` is absolute until it is bundled."""
+
+    name: str
+    path: Path
+    bytes: int
+    sha256: str
+    base_sha256: str
+    """Of the artifact that it is for, and for no other."""
+    source_sha256: str
+    """Of the adapter as it came: configuration and weights."""
+    rank: int
+    """The largest."""
+    parameters: int
+    targets: tuple[str, ...]
+    """Layers that it adds to, by the last part of their names."""
+    quality: TokenQuality | None
+    """With it on, against the source with it on; None where that was turned off."""
+
+
+@dataclass(frozen=True)
 class FormatResult:
     """Everything known of one artifact. ``quality`` and ``latency`` are None where they were turned off."""
 
@@ -194,6 +215,8 @@ class FormatResult:
     """For the machine that measured; None where its model does not know enough."""
     on_device: Prediction | None = None
     """For the device that it was made for, where it was not measured."""
+    adapters: tuple[AdapterResult, ...] = ()
+    """Those that can be turned on; their checks are among those of the artifact, behind their names."""
 
     @property
     def passed(self) -> bool:

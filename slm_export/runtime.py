@@ -34,6 +34,8 @@ class ExportOptions:
     """The bundle's ``tokenizer/``, for formats whose files carry the tokenizer or name it."""
     coreml: CoreML = field(default_factory=CoreML)
     """How the device profile wants a Core ML package."""
+    places: tuple[str, ...] = ()
+    """Names of the matrices that adapters may add to while the artifact runs."""
 
 
 @runtime_checkable
@@ -58,6 +60,26 @@ class DecoderSession(Protocol):
 
     def close(self) -> None:
         """Let go of the file and of its memory."""
+
+
+@runtime_checkable
+class AdaptableSession(DecoderSession, Protocol):
+    """A decoder with places for adapters; one of them is on, or none."""
+
+    places: frozenset[str]
+    """Names of the matrices that adapters may add to."""
+
+    def adapt(self, adapter: Path | None) -> None:
+        """Turn an adapter file on, or with None whichever is on off, without loading the model again.
+
+        What the cache holds was read with the adapter of that time: begin again at position 0.
+
+        Raises:
+            InputError: it is no adapter file, or not one for this model.
+        """
+
+    def adapted(self, adapter: Path, tokens: Sequence[int]) -> Tensor:
+        """Return the logits after some tokens, of the runtime's own loader of adapters, whichever is on here."""
 
 
 @runtime_checkable
@@ -151,6 +173,41 @@ class Exporter(Protocol):
 
     def generate(self, path: Path, tokenizer: Path, prompt: str, tokens: int, bos: int) -> str:
         """Return greedy text of the vendor's own generation loop, as an app would run it."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What an adapter adds to one matrix: ``up @ down``."""
+
+    down: Tensor
+    """float32 (rank, in)."""
+    up: Tensor
+    """float32 (out, rank), the adapter's scale in it."""
+
+
+@runtime_checkable
+class AdapterExporter(Exporter, Protocol):
+    """An exporter whose runtime takes adapters as files of their own."""
+
+    adapter_suffix: ClassVar[str]
+
+    def write_adapter(self, factors: Mapping[str, Factors], base: Path, path: Path) -> None:
+        """Write an adapter's file.
+
+        Given   factors: weight -> what is added to it; all of them places of the artifact at ``base``
+        """
+
+    def stored_factors(self, path: Path, base: Path) -> Mapping[str, Factors]:
+        """Return what an adapter's file adds to each weight, read from that file alone.
+
+        Raises:
+            InputError: it is no adapter file, or not one for the artifact at ``base``.
+        """
+
+    def generate_adapted(
+        self, path: Path, tokenizer: Path, prompt: str, tokens: int, bos: int, adapter: Path
+    ) -> str:
+        """Return greedy text of the vendor's own generation loop with an adapter on."""
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,8 @@ class Settings(RecipeSettings):
     device: Text | None = None
     """The name of a shipped profile, or a path ending in ``.toml`` (absolute here)."""
     formats: tuple[FormatName, ...] | None = Field(default=None, min_length=1)
+    adapters: dict[Text, Path] | None = None
+    """Low-rank adapters that stay apart: name -> peft's folder."""
     out: Path | None = None
     diff: DiffLimits = Field(default_factory=DiffLimits)
     """How far a bundle may be from an older one, for `slm-export diff`."""
@@ -136,6 +138,7 @@ def load_settings(folder: Path) -> Settings | None:
             "device": None if settings.device is None else device_from(folder, settings.device),
             "eval_text": path_from(folder, settings.eval_text),
             "calibration": path_from(folder, settings.calibration),
+            "adapters": settings.adapters and {n: path_from(folder, p) for n, p in settings.adapters.items()},
             "out": path_from(folder, settings.out),
         }
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from slm_export.child import call, serve
 from slm_export.results import Check
-from slm_export.runtime import DecoderSession, Exporter
+from slm_export.runtime import AdapterExporter, DecoderSession, Exporter
 from slm_export.source.tasks import GENERATION
 from slm_export.tokenization.tokenizer import SourceTokenizer
 
@@ -21,8 +21,12 @@ def judge_vendor_text(
     tokenizer: SourceTokenizer,
     session: DecoderSession,
     prompt: str,
+    adapter: Path | None = None,
 ) -> Check:
-    """Compare what the vendor's runner writes with what our session writes, both greedy, on one prompt."""
+    """Compare what the vendor's runner writes with what our session writes, both greedy, on one prompt.
+
+    Given   adapter: a file that the runner is to turn on, and that is on in the session
+    """
     prompt, prompt_ids = _fitting(prompt, tokenizer, session.context // 2)
     count = min(TOKENS, session.context - len(prompt_ids) - 1)
     tokens = _greedy(session, prompt_ids, tokenizer.stop_ids, count)
@@ -36,6 +40,7 @@ def judge_vendor_text(
         "prompt": prompt,
         "tokens": count,
         "bos": int(tokenizer.adds_bos),
+        "adapter": None if adapter is None else str(adapter),
     }
     text = call("slm_export.vendor_text", request, f"run {path.name} in the vendor's runner")
     if text.startswith(expected) and len(tokens) < count:
@@ -70,13 +75,17 @@ def _generate(request: dict[str, Any]) -> str:
     from slm_export.registry import exporter
 
     made = exporter(request["format"])
-    return made.generate(
+    given = (
         Path(request["path"]),
         Path(request["tokenizer"]),
         request["prompt"],
         request["tokens"],
         request["bos"],
     )
+    if request["adapter"] is None:
+        return made.generate(*given)
+    assert isinstance(made, AdapterExporter)
+    return made.generate_adapted(*given, Path(request["adapter"]))
 
 
 if __name__ == "__main__":

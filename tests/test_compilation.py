@@ -34,6 +34,7 @@ SETTINGS = Settings(
     context=100,
     eval_text=Path("their.txt"),
     calibration=Path("their.jsonl"),
+    adapters={"code": Path("their-adapter")},
     out=Path("theirs"),
     max_size="6MB",
     gates=Gates(max_bytes=1, max_kl_mean=0.5),
@@ -83,6 +84,7 @@ def test_what_the_command_line_leaves_open_is_the_settings():
         out=Path("theirs"),
         eval_text=Path("their.txt"),
         calibration=Path("their.jsonl"),
+        adapters=(("code", Path("their-adapter")),),
         budget=Budget(max_size=6_000_000),
         gates=Gates(max_bytes=1, max_kl_mean=0.5),
     )
@@ -101,6 +103,7 @@ def test_what_the_command_line_says_stays():
         out=Path("ours"),
         eval_text=Path("our.txt"),
         calibration=Path("our.jsonl"),
+        adapters=(("own", Path("our-adapter")),),
         budget=Budget(max_size=1_000_000),
         gates=Gates(max_bytes=2),
         force=True,

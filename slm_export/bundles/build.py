@@ -9,6 +9,7 @@ from typing import Any
 
 from slm_export.bundles.checksums import FileEntry
 from slm_export.bundles.manifest import (
+    AdapterEntry,
     ArtifactEntry,
     CalibrationEntry,
     Figure,
@@ -20,7 +21,7 @@ from slm_export.bundles.manifest import (
 )
 from slm_export.errors import GateError, MachineError
 from slm_export.gates import Gates
-from slm_export.results import FormatResult, Report
+from slm_export.results import AdapterResult, FormatResult, Report
 
 # Free text belongs to report.json; the manifest holds figures.
 _NOT_FIGURES = frozenset({"greedy_text", "worst_sentence", "examples"})
@@ -53,6 +54,11 @@ def build_manifest(
         if report.calibration
         else None,
         artifacts=tuple(_artifact_entry(result) for result in report.formats),
+        adapters=tuple(
+            adapter_entry(each, result.artifact.format)
+            for result in report.formats
+            for each in result.adapters
+        ),
         files=tuple(files),
         quality={result.artifact.format: _quality(result) for result in report.formats},
         latency={result.artifact.format: _latency(result) for result in report.formats},
@@ -80,6 +86,13 @@ def _artifact_entry(result: FormatResult) -> ArtifactEntry:
         signatures=tuple(SignatureEntry(**dataclasses.asdict(item)) for item in artifact.signatures),
         data=tuple(path.as_posix() for path in artifact.data),
     )
+
+
+def adapter_entry(made: AdapterResult, format: str) -> AdapterEntry:
+    """Return what the manifest says of an adapter; its path is relative already."""
+    quality = None if made.quality is None else _figures(format, dataclasses.asdict(made.quality))
+    facts = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
+    return AdapterEntry(**{**facts, "path": made.path.as_posix(), "format": format, "quality": quality})
 
 
 def _quality(result: FormatResult) -> dict[str, Figure] | None:

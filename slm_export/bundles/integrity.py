@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from slm_export.bundles.checksums import FileEntry, scan, sha256_file
-from slm_export.bundles.manifest import MANIFEST, entries_of, read_manifest, read_raw, total_of
+from slm_export.bundles.manifest import MANIFEST, AdapterEntry, entries_of, read_manifest, read_raw, total_of
 from slm_export.errors import InputError
 from slm_export.source.learned import LEARNING
 
@@ -31,7 +31,7 @@ class Problem:
 def verify_files(folder: Path) -> tuple[Problem, ...]:
     """Compare every file of the folder with the manifest, and the manifest with itself."""
     manifest = read_manifest(folder)
-    problems = [problem for entry in manifest.files if (problem := _compare(folder, entry))]
+    problems = [problem for entry in manifest.files if (problem := compare_file(folder, entry))]
     listed = {entry.path for entry in manifest.files} | {MANIFEST}
     plain, odd = scan(folder)
     for path in (*plain, *odd):
@@ -46,7 +46,8 @@ def verify_files(folder: Path) -> tuple[Problem, ...]:
     return tuple(sorted(problems, key=lambda problem: problem.path))
 
 
-def _compare(folder: Path, entry: FileEntry) -> Problem | None:
+def compare_file(folder: Path, entry: FileEntry | AdapterEntry) -> Problem | None:
+    """Return in which way a file is not what the manifest says of it, if it is not."""
     path = folder / entry.path
     try:
         found = path.lstat()

@@ -3,7 +3,8 @@
 Every bundle holds one. It names no path of a machine and no time, so the same export gives the same bytes.
 
     {"schema": 1,
-     "inputs":    {"toolchain", "source", "device", "formats", "context"?, "recipe", "text", "verified", "gates"},
+     "inputs":    {"toolchain", "source", "device", "formats", "context"?, "recipe", "text", "verified", "gates",
+                   "adapters"},
      "platform":  {"system", "machine", "vectors"?},
      "artifacts": {FORMAT: {path in the bundle: sha256}}}
 
@@ -84,6 +85,8 @@ class Inputs(_Entry):
     verified: bool
     gates: Gates
     """Those of the device profile and the user; the built-in ones follow from the recipe."""
+    adapters: dict[str, Sha256] = Field(default_factory=dict)
+    """Those that stay apart, by name: of configuration and weights."""
 
 
 class Platform(_Entry):

@@ -79,6 +79,25 @@ class ArtifactEntry(_Entry):
     """Files that belong to it, counted in ``bytes``; ``sha256`` is of ``path`` alone."""
 
 
+class AdapterEntry(_Entry):
+    """A low-rank adapter that can be turned on while an artifact runs."""
+
+    name: str
+    format: str
+    path: PortablePath
+    bytes: int = Field(ge=0)
+    sha256: Sha256
+    base_sha256: Sha256
+    """Of the artifact that it was made and judged for; another refuses it."""
+    source_sha256: Sha256
+    """Of the adapter as peft saved it: configuration and weights."""
+    rank: int = Field(ge=1)
+    parameters: int = Field(ge=0)
+    targets: tuple[str, ...]
+    quality: dict[str, Figure] | None
+    """With the adapter on, against the source with it on."""
+
+
 class _Runtime(BaseModel):
     """The types of what is known of `Manifest.runtime`; other keys may be there."""
 
@@ -107,6 +126,7 @@ class Manifest(_Entry):
     calibration: CalibrationEntry | None = None
     """What calibrated passes measured activations on."""
     artifacts: tuple[ArtifactEntry, ...]
+    adapters: tuple[AdapterEntry, ...] = ()
     files: tuple[FileEntry, ...]
     quality: dict[str, dict[str, Figure] | None]
     latency: dict[str, dict[str, Figure] | None]
@@ -136,7 +156,22 @@ class Manifest(_Entry):
         for artifact in self.artifacts:
             if not entries_of(artifact, self.files):
                 raise ValueError(f"artifact {artifact.path!r} is not in the list of files")
+        self._refuse_odd_adapters()
         return self
+
+    def _refuse_odd_adapters(self) -> None:
+        bases = {artifact.format: artifact.sha256 for artifact in self.artifacts}
+        hashes = {entry.path: entry.sha256 for entry in self.files}
+        named = [(each.name, each.format) for each in self.adapters]
+        if len(set(named)) != len(named):
+            raise ValueError("two adapters of one format have one name")
+        for each in self.adapters:
+            if hashes.get(each.path) != each.sha256:
+                raise ValueError(f"adapter {each.path!r} is not in the list of files, or with another sha256")
+            if bases.get(each.format) != each.base_sha256:
+                raise ValueError(
+                    f"adapter {each.name!r} was made for another {each.format} artifact than that of the bundle"
+                )
 
     def artifact(self, format: str) -> ArtifactEntry:
         """Return the artifact of one format; InputError when the bundle has none."""

@@ -36,6 +36,8 @@ def export_command(request: Request, as_json: bool, cases: Cases) -> None:
         tensorflow = keras_source.is_tensorflow_model(request.model)
         if tensorflow and request.budget:
             raise InputError(f"{request.model}: a budget is searched for in models of transformers alone")
+        if tensorflow and request.adapters:
+            raise InputError(f"{request.model}: adapters belong to models of transformers alone")
         plain = keras_export.export if tensorflow else driver.export
         export = search.export if request.budget else plain
         report, out = export(make_plan(request), progress)
@@ -52,6 +54,7 @@ def verify_command(
     source: str | None,
     eval_text: Path | None,
     calibration: Path | None,
+    adapters: tuple[str, ...],
     as_json: bool,
     cases: Cases,
 ) -> None:
@@ -59,13 +62,16 @@ def verify_command(
     with working() as progress:
         from slm_export import opened
         from slm_export.keras import bundle as keras_bundle
+        from slm_export.source.adapters import parse_adapters
 
         if keras_bundle.is_one(folder):
             if calibration is not None:
                 raise InputError(f"{calibration}: nothing is calibrated in a bundle of a TensorFlow model")
+            if adapters:
+                raise InputError(f"--adapter {adapters[0]}: a bundle of a TensorFlow model has no adapters")
             found = keras_bundle.verify(folder, source, eval_text, progress)
         else:
-            found = opened.verify(folder, source, eval_text, calibration, progress)
+            found = opened.verify(folder, source, eval_text, calibration, progress, parse_adapters(adapters))
     cases.checks = found.checks
     if as_json:
         print_json(opened.to_json(found))
@@ -91,6 +97,7 @@ def run_command(
     folder: Path,
     prompt: str,
     format: str | None,
+    adapter: str | None,
     temperature: float,
     top_p: float,
     max_tokens: int,
@@ -106,9 +113,12 @@ def run_command(
         from slm_export.opened import open_bundle
 
         if keras_bundle.is_one(folder):
+            if adapter is not None:
+                raise InputError(f"--adapter {adapter}: a bundle of a TensorFlow model has no adapters")
             _print_answer(keras_bundle.run(folder, prompt, format), as_json)
             return
         with closing(open_bundle(folder, format)) as opened:
+            opened.adapt(adapter)
             if opened.manifest.model.task != GENERATION:
                 _print_answer(opened.answer(prompt), as_json)
                 return

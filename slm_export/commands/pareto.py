@@ -17,6 +17,8 @@ def pareto_command(request: Request, as_json: bool) -> None:
     """Print size against quality, and plot it on a page beside where the bundle would be."""
     if request.locked is not None:
         raise InputError("--pareto exports nothing that a lock could hold: leave out --locked")
+    if request.adapters:
+        raise InputError("--pareto exports nothing that an adapter could be added to: leave out --adapter")
     plan = make_plan(request)
     out = request.out or Path(f"{Path(plan.model).resolve().name}-{plan.profile.target}")
     page = Path(f"{out}.pareto.html")

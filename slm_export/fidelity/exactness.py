@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.fidelity.localise import located
@@ -63,9 +63,15 @@ def _distance(exporter: Exporter, small: Checkpoint, tokenizer: Path) -> tuple[f
         session = exporter.open(path, small.task)
         try:
             compare = _decoder if isinstance(session, DecoderSession) else _encoder
-            got, expected, places = compare(session, small)  # type: ignore[arg-type]
+            compared = compare(session, small)  # type: ignore[arg-type]
         finally:
             session.close()
+    return furthest(compared)
+
+
+def furthest(compared: Compared) -> tuple[float, str]:
+    """Return the largest difference as a share of the range, and where the first is that counts."""
+    got, expected, places = compared
     apart = torch.stack([(one - other).abs().max() for one, other in zip(got, expected, strict=True)])
     lowest, highest = min(row.min() for row in expected), max(row.max() for row in expected)
     shares = apart / (highest - lowest)
@@ -80,9 +86,16 @@ Compared = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[str]]
 
 
 def _decoder(session: DecoderSession, small: Checkpoint) -> Compared:
-    """Return the scores after two prompts and after every token behind them."""
+    return compared_decoder(session, build_reference(small), small)
+
+
+def compared_decoder(session: DecoderSession, model: nn.Module, small: Checkpoint) -> Compared:
+    """Return the scores after two prompts and after every token behind them.
+
+    Given   model: what a miniature's artifact is compared with
+    """
     ids = _some_tokens(small, session.context)
-    expected = build_reference(small)(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+    expected = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
     ends = [end for end in accumulate(_PROMPTS) if end < len(ids)]
     ends += range(max(ends, default=0) + 1, len(ids) + 1)
     starts = [0, *ends[:-1]]

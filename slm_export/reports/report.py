@@ -33,7 +33,8 @@ def bundled(report: Report, folder: Path) -> Report:
         made = dataclasses.replace(
             artifact, path=inside(artifact.path), data=tuple(inside(path) for path in artifact.data)
         )
-        return dataclasses.replace(result, artifact=made)
+        adapters = tuple(dataclasses.replace(each, path=inside(each.path)) for each in result.adapters)
+        return dataclasses.replace(result, artifact=made, adapters=adapters)
 
     return dataclasses.replace(report, formats=tuple(relative(result) for result in report.formats))
 
@@ -153,6 +154,10 @@ def _print_sizes(console: Console, report: Report) -> None:
         artifact = result.artifact
         size = words.megabytes(artifact.bytes)
         rows.append((artifact.format, size, words.size_line(report, result), artifact.path.as_posix()))
+        rows += [
+            (each.name, words.megabytes(each.bytes), f"adapter of rank {each.rank}", each.path.as_posix())
+            for each in result.adapters
+        ]
     _rows(console, rows, right=frozenset({1}))
 
 

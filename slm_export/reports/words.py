@@ -128,10 +128,10 @@ def limit(check: Check) -> str:
     """Return ``at most 0.05``; which side a limit is on is known from the name of its threshold."""
     if check.limit is None:
         return ""
-    side = "limit"
-    if f"max_{check.name}" in Gates.model_fields:
+    side, name = "limit", check.name.rpartition(": ")[2]  # behind the name of an adapter
+    if f"max_{name}" in Gates.model_fields:
         side = "at most"
-    elif f"min_{check.name}" in Gates.model_fields:
+    elif f"min_{name}" in Gates.model_fields:
         side = "at least"
     return f"{side} {figure(check.limit)}"
 

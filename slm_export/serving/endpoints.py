@@ -50,22 +50,30 @@ class Endpoints:
         """Tell that it answers."""
         return JSONResponse({"status": "ok", "model": self.name})
 
+    @property
+    def names(self) -> dict[str, str | None]:
+        """Names of models -> the adapter that is on: the bundle's own name, and NAME:ADAPTER of each."""
+        adapters = self.engine.model.adapters
+        return {self.name: None, **{f"{self.name}:{adapter}": adapter for adapter in adapters}}
+
     async def models(self, request: Request) -> Response:
-        """List the one model."""
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        """List the model, without an adapter and with each."""
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in self.names]})
 
     async def model(self, request: Request) -> Response:
         """Describe the model of a name."""
-        self._known(request.path_params["name"])
-        return JSONResponse(self._model())
+        name = request.path_params["name"]
+        self._known(name)
+        return JSONResponse(self._model(name))
 
     async def chat(self, request: Request) -> Response:
         """``POST /v1/chat/completions``."""
         asked = await self._read(request, ChatRequest, GENERATION)
         messages = [message.for_template() for message in asked.messages]
-        limits = _limits(asked, asked.most)
+        limits, adapter = _limits(asked, asked.most), self._known(asked.model)
 
         def work(opened: OpenBundle) -> Iterator[Step]:
+            opened.adapt(adapter)
             return ((0, step) for step in write(opened, chat_ids(opened, messages), limits))
 
         return await self._texts(request, asked, work, 1, _Shape("chatcmpl", "chat.completion", chat=True))
@@ -73,9 +81,10 @@ class Endpoints:
     async def completions(self, request: Request) -> Response:
         """``POST /v1/completions``."""
         asked = await self._read(request, CompletionRequest, GENERATION)
-        limits = _limits(asked, asked.max_tokens)
+        limits, adapter = _limits(asked, asked.max_tokens), self._known(asked.model)
 
         def work(opened: OpenBundle) -> Iterator[Step]:
+            opened.adapt(adapter)
             every = [prompt_ids(opened, prompt) for prompt in asked.prompts]
             for number, ids in enumerate(every):
                 for step in write(opened, ids, limits):
@@ -112,7 +121,7 @@ class Endpoints:
         head = {
             "id": f"{shape.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
-            "model": self.name,
+            "model": asked.model,
         }
         if asked.stream:
             # A prompt that cannot be answered is an error of HTTP, not one in the midst of a stream.
@@ -155,17 +164,21 @@ class Endpoints:
         except QueueFullError:
             raise busy(self.engine.waiting) from None
 
-    def _known(self, name: str) -> None:
-        if name != self.name:
+    def _known(self, name: str) -> str | None:
+        """Return the adapter that a model's name asks for."""
+        names = self.names
+        if name not in names:
+            known = ", ".join(f"'{each}'" for each in names)
             raise ApiError(
                 404,
-                f"no model '{name}' here; this server has '{self.name}'",
+                f"no model '{name}' here; this server has {known}",
                 param="model",
                 code="model_not_found",
             )
+        return names[name]
 
-    def _model(self) -> dict[str, Any]:
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "slm-export"}
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "slm-export"}
 
 
 @dataclass(frozen=True)

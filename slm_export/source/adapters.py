@@ -12,10 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Set
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ from slm_export.machine import machine_errors
 CONFIG = "adapter_config.json"
 MERGED = "merged_adapter.json"
 """In a merged folder: what it was made of."""
-_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""Of an adapter that stays apart: it becomes a file's."""
 _SHARD = "2GB"
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 _KINDS = {
@@ -71,6 +74,34 @@ def is_adapter(folder: Path) -> bool:
     return True
 
 
+def parse_adapters(asked: Collection[str]) -> tuple[tuple[str, Path], ...]:
+    """Return names and folders of ``NAME=FOLDER``; of a folder alone its own name is taken.
+
+    Raises:
+        InputError: a name that no file may have, one that is there twice, or no adapter's folder.
+    """
+    found: dict[str, Path] = {}
+    for text in asked:
+        name, given, place = text.rpartition("=")
+        folder = Path(os.path.expanduser(place))
+        name = name if given else folder.resolve().name
+        if name in found:
+            raise InputError(f"adapter '{name}' is there twice; give one another name: NAME=FOLDER")
+        check_adapter(name, folder)
+        found[name] = folder
+    return tuple(found.items())
+
+
+def check_adapter(name: str, folder: Path) -> None:
+    """Raise InputError for a name that no file may have, or where there is no adapter."""
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"adapter '{name}': cannot be a name; letters, digits, '.', '_' and '-' can: NAME=FOLDER"
+        )
+    if not folder.is_dir() or not is_adapter(folder):
+        raise InputError(f"adapter '{name}': {folder} is no folder that peft saved (with {CONFIG} in it)")
+
+
 def base_of(folder: Path, find: Callable[[str, str | None], Path]) -> Path:
     """Return the folder of the model that an adapter belongs to, which ``find`` finds by name and revision.
 
@@ -105,20 +136,18 @@ def merged(folder: Path, base: Path) -> Path:
     # Not at the top: `plan` reads names alone, and waits for no torch.
     from slm_export.bundles.finished import cache_folder, remove_forgotten
 
-    if not (folder / _WEIGHTS).is_file():
-        raise InputError(f"{folder}: no {_WEIGHTS}; save the adapter with peft's save_pretrained")
-    sha256 = hashlib.sha256(f"{sha256_file(folder / CONFIG)} {sha256_file(folder / _WEIGHTS)}".encode())
-    config = _config(folder)
+    sha256 = adapter_sha256(folder)
+    config = peft_config(folder)
     root = cache_folder() / "merged"
     with machine_errors("merge the adapter", root):
-        place = root / _key(sha256.hexdigest(), folder, base)
+        place = root / _key(sha256, folder, base)
         made = place / folder.resolve().name
         if not made.is_dir():
             remove_forgotten(root)
             facts = MergedFrom(
                 base=base.resolve().name,
                 adapter=folder.resolve().name,
-                adapter_sha256=sha256.hexdigest(),
+                adapter_sha256=sha256,
                 kind=str(config.peft_type.value),
                 rank=getattr(config, "r", None),
             )
@@ -142,7 +171,26 @@ def merged_from(folder: Path) -> MergedFrom | None:
         raise InputError(f"{path}: {error.errors()[0]['msg']}") from error
 
 
-def _config(folder: Path) -> Any:
+def adapter_sha256(folder: Path) -> str:
+    """Return the hash of an adapter: of its configuration and its weights.
+
+    Raises:
+        InputError: it has no weights.
+    """
+    if not (folder / WEIGHTS).is_file():
+        raise InputError(f"{folder}: no {WEIGHTS}; save the adapter with peft's save_pretrained")
+    return hashlib.sha256(
+        f"{sha256_file(folder / CONFIG)} {sha256_file(folder / WEIGHTS)}".encode()
+    ).hexdigest()
+
+
+def peft_config(folder: Path) -> Any:
+    """Return what peft reads of an adapter's configuration.
+
+    Raises:
+        InputError: peft rejects it, or it puts tokens before the text.
+        MissingComponentError: peft is not installed.
+    """
     try:
         import peft
     except ImportError as error:
@@ -211,8 +259,8 @@ def _merge(folder: Path, base: Path, config: Any, out: Path) -> None:
     from slm_export.source.architecture import read_architecture
 
     architecture = read_architecture(base)
-    _refuse_another_task(folder, config, architecture.name)
-    tensors = load_file(folder / _WEIGHTS)
+    refuse_another_task(folder, config, architecture.name)
+    tensors = load_file(folder / WEIGHTS)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         module = architecture.cls.from_pretrained(
@@ -227,7 +275,7 @@ def _merge(folder: Path, base: Path, config: Any, out: Path) -> None:
         wanted, possible = (
             peft.get_peft_model_state_dict(adapted, save_embedding_layers=whole) for whole in (False, True)
         )
-        _refuse_lost(folder, base, tensors.keys() - possible.keys(), wanted.keys() - tensors.keys())
+        refuse_lost(folder, base, tensors.keys() - possible.keys(), wanted.keys() - tensors.keys())
         try:
             whole = adapted.merge_and_unload(safe_merge=True)
         except ValueError as error:
@@ -235,7 +283,8 @@ def _merge(folder: Path, base: Path, config: Any, out: Path) -> None:
         whole.save_pretrained(out, max_shard_size=_SHARD)
 
 
-def _refuse_another_task(folder: Path, config: Any, cls: str) -> None:
+def refuse_another_task(folder: Path, config: Any, cls: str) -> None:
+    """Raise InputError where an adapter is for another task than a class of models."""
     kind = getattr(config.task_type, "value", config.task_type)
     ending = _KINDS.get(str(kind))
     if ending and not cls.endswith(ending) and not (ending == "CausalLM" and cls.endswith("LMHeadModel")):
@@ -254,9 +303,10 @@ def _resize(module: Any, tensors: Mapping[str, Any]) -> None:
             return
 
 
-def _refuse_lost(folder: Path, base: Path, lost: Set[str], missing: Set[str]) -> None:
+def refuse_lost(folder: Path, base: Path, lost: Set[str], missing: Set[str]) -> None:
+    """Raise InputError where tensors of an adapter have no place in its base, or some are not there."""
     if lost or missing:
-        what = f"{min(lost)} has no place in it" if lost else f"{min(missing)} is not in {_WEIGHTS}"
+        what = f"{min(lost)} has no place in it" if lost else f"{min(missing)} is not in {WEIGHTS}"
         raise InputError(
             f"{folder}: does not belong to {base}: {what} ({len(lost) + len(missing)} tensors in all); "
             f"name the model that it was trained on in {CONFIG}"

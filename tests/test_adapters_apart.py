@@ -1,0 +1,410 @@
+"""Adapters that stay apart: on, off and switched, as peft itself runs them, and refused where they do not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from slm_export.adapters.formats import refuse_adapters
+from slm_export.adapters.gate import judge_factors, judge_places
+from slm_export.adapters.low_rank import LowRank, read_low_rank
+from slm_export.adapters.reference import adapted_model
+from slm_export.checkpoint import Checkpoint
+from slm_export.compilation import Request, make_plan
+from slm_export.errors import InputError
+from slm_export.exporters.onnx import OnnxExporter
+from slm_export.exporters.onnx_places import fingerprint
+from slm_export.optimizers.group_quantize import GroupQuantize
+from slm_export.registry import exporter
+from slm_export.runtime import AdaptableSession, ExportOptions, Factors
+from slm_export.source.adapters import CONFIG, WEIGHTS, parse_adapters
+from slm_export.source.load import load_checkpoint
+from slm_export.source.provenance import source_sha256
+from slm_export.source.tasks import GENERATION
+
+CONTEXT = 48
+TOKENS = torch.randint(3, 4096, (20,), generator=torch.Generator().manual_seed(1)).tolist()
+EXACT = 1e-5
+"""A share of the range of the logits: the order of float sums."""
+
+
+def adapter_of(base: Path, folder: Path, seed: int = 3, **options: Any) -> Path:
+    """Save an adapter whose two factors are both drawn by chance; return its folder."""
+    torch.manual_seed(seed)
+    asked = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+    config = peft.LoraConfig(init_lora_weights=False, **asked)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of choices that a test makes on purpose
+        peft.get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
+def read(name: str, folder: Path, base: Path) -> LowRank:
+    return read_low_rank(name, folder, load_checkpoint(base), source_sha256(base))
+
+
+def eager(base: Path, folder: Path | None, weights: Checkpoint) -> Tensor:
+    """Return what transformers, and peft around it, say of the tokens, on a base of these weights."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    values = {name: weight.float32() for name, weight in weights.weights.items()}
+    model.load_state_dict(values, strict=False)
+    whole = model if folder is None else peft.PeftModel.from_pretrained(model, folder)
+    with torch.no_grad():
+        logits: Tensor = whole.eval()(torch.tensor([TOKENS])).logits[0, -1]
+    return logits
+
+
+def apart(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).abs().max() / (expected.max() - expected.min()))
+
+
+@dataclass(frozen=True)
+class Made:
+    base: Path
+    checkpoint: Checkpoint
+    path: Path
+    session: AdaptableSession
+    folders: dict[str, Path]
+    files: dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A base in 32 bits, so that nothing hides behind rounding, with two adapters of other ranks and layers."""
+    place = tmp_path_factory.mktemp("apart")
+    folders = {
+        "wide": adapter_of(tiny_llama, place / "wide", 3, rank_pattern={"o_proj": 2}, use_rslora=True),
+        "thin": adapter_of(tiny_llama, place / "thin", 4, r=1, target_modules=["q_proj", "v_proj"]),
+    }
+    checkpoint = GroupQuantize(bits=32, embedding_bits=32).run(load_checkpoint(tiny_llama)).checkpoint
+    linear = tuple(name for name, role in checkpoint.roles.items() if role == "linear")
+    return write(tiny_llama, checkpoint, place, folders, linear)
+
+
+def write(
+    base: Path, checkpoint: Checkpoint, place: Path, folders: dict[str, Path], places: tuple[str, ...]
+) -> Made:
+    onnx, path, files = OnnxExporter(), place / "model.onnx", {}
+    onnx.ready()
+    onnx.write(checkpoint, ExportOptions(CONTEXT, stop_ids=(1,), bos_id=0, places=places), path)
+    for name, folder in folders.items():
+        files[name] = place / f"{name}.onnx_adapter"
+        onnx.write_adapter(read(name, folder, base).factors, path, files[name])
+    session = onnx.open(path, GENERATION)
+    assert isinstance(session, AdaptableSession)
+    return Made(base, checkpoint, path, session, folders, files)
+
+
+@pytest.mark.parametrize("name", [None, "wide", "thin"])
+def test_on_and_off_it_is_what_peft_runs(made: Made, name: str | None) -> None:
+    made.session.adapt(made.files[name] if name else None)
+    expected = eager(made.base, made.folders[name] if name else None, made.checkpoint)
+    assert apart(made.session.logits(TOKENS, 0), expected) <= EXACT
+    single = [made.session.logits([token], at) for at, token in enumerate(TOKENS)][-1]
+    assert apart(single, expected) <= EXACT
+
+
+def test_switching_leaves_no_trace(made: Made) -> None:
+    order = [None, "wide", "thin", None, "thin", "wide", None]
+    found: dict[str | None, Tensor] = {}
+    for name in order:
+        made.session.adapt(made.files[name] if name else None)
+        logits = made.session.logits(TOKENS, 0)
+        assert torch.equal(found.setdefault(name, logits), logits)
+    assert apart(found["wide"], found[None]) > 1e-2
+    assert apart(found["thin"], found[None]) > 1e-3
+
+
+def test_the_runtime_s_own_loader_gives_the_same(made: Made) -> None:
+    for name, file in made.files.items():
+        made.session.adapt(file)
+        here = made.session.logits(TOKENS, 0)
+        made.session.adapt(None)
+        assert apart(made.session.adapted(file, TOKENS), here) <= EXACT, name
+
+
+def test_a_file_holds_what_peft_adds(made: Made) -> None:
+    for name, folder in made.folders.items():
+        adapter = read(name, folder, made.base)
+        check = judge_factors(OnnxExporter().stored_factors(made.files[name], made.path), adapter)
+        assert check.passed, check
+
+
+FAULTS: dict[str, Callable[[Factors], Factors]] = {
+    "the scale is lost": lambda each: Factors(each.down, each.up / 2),
+    "the scale is there twice": lambda each: Factors(each.down, each.up * 2),
+    "the second factor is not turned": lambda each: Factors(
+        each.down, each.up.reshape(each.up.shape[::-1]).t()
+    ),
+    "the first factor is not turned": lambda each: Factors(
+        each.down.reshape(each.down.shape[::-1]).t(), each.up
+    ),
+    "one row is another's": lambda each: Factors(each.down.roll(1, 0), each.up),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_goes_wrong_with_a_file_is_seen(made: Made, tmp_path: Path, fault: str) -> None:
+    adapter = read("wide", made.folders["wide"], made.base)
+    broken = {name: FAULTS[fault](each) for name, each in adapter.factors.items()}
+    file = tmp_path / "broken.onnx_adapter"
+    OnnxExporter().write_adapter(broken, made.path, file)
+    assert not judge_factors(OnnxExporter().stored_factors(file, made.path), adapter).passed
+    made.session.adapt(file)
+    wrong = made.session.logits(TOKENS, 0)
+    made.session.adapt(None)
+    assert apart(wrong, eager(made.base, made.folders["wide"], made.checkpoint)) > 100 * EXACT
+
+
+def test_a_matrix_that_is_left_out_is_seen(made: Made) -> None:
+    adapter = read("wide", made.folders["wide"], made.base)
+    some = dict(list(adapter.factors.items())[1:])
+    assert not judge_factors(some, adapter).passed
+
+
+class Faulty(OnnxExporter):
+    """Writes an adapter's factors of one place into another's."""
+
+    def write_adapter(self, factors: Any, base: Path, path: Path) -> None:
+        one, other = list(factors)[:2]
+        swapped = {one: factors[other], other: factors[one]}
+        super().write_adapter({**factors, **swapped}, base, path)
+
+
+def test_the_gate_sees_a_place_that_is_not_as_it_should_be(made: Made) -> None:
+    square = tuple(f"model.layers.0.self_attn.{name}.weight" for name in ("q_proj", "o_proj"))
+    tokenizer = made.base
+    assert judge_places(OnnxExporter(), made.checkpoint, square, tokenizer).passed
+    check = judge_places(Faulty(), made.checkpoint, square, tokenizer)
+    assert not check.passed
+    assert check.value is not None
+    assert check.value > 10 * EXACT
+
+
+def test_the_reference_is_peft_s_own_output(made: Made) -> None:
+    adapter = read("wide", made.folders["wide"], made.base)
+    with torch.no_grad():
+        model = adapted_model(made.checkpoint, adapter.deltas)
+        logits = model(input_ids=torch.tensor([TOKENS]), use_cache=False).logits[0, -1]
+    assert apart(logits, eager(made.base, made.folders["wide"], made.checkpoint)) <= EXACT
+
+
+def test_facts_of_an_adapter(made: Made) -> None:
+    wide, thin = (read(name, made.folders[name], made.base) for name in ("wide", "thin"))
+    assert (wide.rank, thin.rank) == (4, 1)
+    assert thin.targets == ("q_proj", "v_proj")
+    assert len(wide.targets) == 7
+    # q: 64 x 64, v: 32 x 64 of rank 1
+    assert thin.parameters == (64 + 64) + (64 + 32)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_base_s_codes_are_as_without_places(tiny_llama: Path, tmp_path: Path, bits: int) -> None:
+    checkpoint = GroupQuantize(bits=bits, embedding_bits=8).run(load_checkpoint(tiny_llama)).checkpoint
+    places = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight")
+    folder = adapter_of(tiny_llama, tmp_path / "mine", target_modules=["q_proj", "down_proj"])
+    with_places = write(tiny_llama, checkpoint, tmp_path, {"mine": folder}, places)
+    assert with_places.session.places == set(places)
+    plain = tmp_path / "plain.onnx"
+    onnx = OnnxExporter()
+    onnx.write(checkpoint, ExportOptions(CONTEXT, stop_ids=(1,), bos_id=0), plain)
+    without = onnx.open(plain, GENERATION)
+    assert torch.equal(with_places.session.logits(TOKENS, 0), without.logits(TOKENS, 0))  # type: ignore[union-attr]
+    stored, other = onnx.stored(with_places.path), onnx.stored(plain)
+    assert stored.keys() == other.keys()
+    assert all(torch.equal(stored[name].packed, other[name].packed) for name in stored)
+    with_places.session.adapt(with_places.files["mine"])
+    got = with_places.session.logits(TOKENS, 0)
+    # Activations are rounded to 8 bits before they meet the base.
+    assert apart(got, eager(tiny_llama, folder, checkpoint)) <= 0.05
+
+
+def test_layers_that_are_stamped_have_places_of_their_own(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    base = tmp_path / "deep"
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=5, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(base)
+    folder = adapter_of(base, tmp_path / "mine", rank_pattern={r"layers\.3\.self_attn\.q_proj": 7})
+    checkpoint = load_checkpoint(base)
+    linear = tuple(name for name, role in checkpoint.roles.items() if role == "linear")
+    made = write(base, checkpoint, tmp_path, {"mine": folder}, linear)
+    made.session.adapt(made.files["mine"])
+    expected = eager(base, folder, checkpoint)
+    assert apart(made.session.logits(TOKENS, 0), expected) <= EXACT
+    made.session.adapt(None)
+    assert apart(made.session.logits(TOKENS, 0), eager(base, None, checkpoint)) <= EXACT
+
+
+def change(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | values))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"use_dora": True}, r"magnitudes of its own \(DoRA\).*give it as MODEL"),
+        ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, "whole modules"),
+        ({"bias": "all"}, "biases of its own"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
+    ],
+    ids=["dora", "whole modules", "biases", "embedding"],
+)
+def test_what_needs_more_than_two_factors_is_refused(
+    tiny_llama: Path, tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
+    folder = adapter_of(tiny_llama, tmp_path / "mine", **options)
+    with pytest.raises(InputError, match=words):
+        read("mine", folder, tiny_llama)
+
+
+def test_another_base_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(tiny_llama, tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    save_file(
+        {name: value * 1.01 for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"}
+    )
+    folder = adapter_of(other, tmp_path / "mine")
+    with pytest.raises(InputError, match=r"was trained on .*other.*another sha256"):
+        read("mine", folder, tiny_llama)
+    # A name that leads to no folder says nothing of the base; then shapes decide.
+    change(folder, base_model_name_or_path="someone/model")
+    assert read("mine", folder, tiny_llama).rank == 4
+    shutil.copytree(tiny_llama, tmp_path / "same")
+    change(folder, base_model_name_or_path=str(tmp_path / "same"))
+    assert read("mine", folder, tiny_llama).rank == 4
+
+
+def test_factors_of_another_size_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = adapter_of(tiny_llama, tmp_path / "mine")
+    tensors = load_file(folder / WEIGHTS)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name][:, :8].contiguous()}, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(InputError, match="mine"):
+        read("mine", folder, tiny_llama)
+
+
+def test_an_adapter_that_was_never_trained_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = adapter_of(tiny_llama, tmp_path / "mine")
+    tensors = load_file(folder / WEIGHTS)
+    zeros = {name: value * (".lora_B." not in name) for name, value in tensors.items()}
+    save_file(zeros, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(InputError, match="adds nothing"):
+        read("mine", folder, tiny_llama)
+    first = next(iter(tensors))
+    save_file({**tensors, first: tensors[first] * float("nan")}, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(InputError, match="no numbers"):
+        read("mine", folder, tiny_llama)
+    save_file(
+        {name: value for name, value in tensors.items() if name != first}, folder / WEIGHTS, {"format": "pt"}
+    )
+    with pytest.raises(InputError, match="does not belong to"):
+        read("mine", folder, tiny_llama)
+
+
+def test_a_file_for_another_model_is_refused(made: Made, tmp_path: Path) -> None:
+    other = tmp_path / "model.onnx"
+    other.write_bytes(b"another model")
+    file = tmp_path / "mine.onnx_adapter"
+    OnnxExporter().write_adapter(read("thin", made.folders["thin"], made.base).factors, other, file)
+    with pytest.raises(InputError, match="another model"):
+        made.session.adapt(file)
+    file.write_bytes(made.files["thin"].read_bytes()[:-200])
+    with pytest.raises(InputError, match="add"):
+        made.session.adapt(file)
+    # Whatever was on before stays what it was.
+    made.session.adapt(None)
+    assert apart(made.session.logits(TOKENS, 0), eager(made.base, None, made.checkpoint)) <= EXACT
+
+
+def test_factors_without_a_place_are_refused_by_the_session(made: Made, tmp_path: Path) -> None:
+    file = tmp_path / "mine.onnx_adapter"
+    factors = read("thin", made.folders["thin"], made.base).factors
+    elsewhere = {name.replace("layers.0", "layers.9"): each for name, each in factors.items()}
+    OnnxExporter().write_adapter(elsewhere, made.path, file)
+    with pytest.raises(InputError, match="has no place"):
+        made.session.adapt(file)
+    narrow = {name: Factors(each.down[:, :8], each.up) for name, each in factors.items()}
+    OnnxExporter().write_adapter(narrow, made.path, file)
+    with pytest.raises(InputError, match="does not fit"):
+        made.session.adapt(file)
+
+
+def test_a_model_s_data_is_part_of_what_an_adapter_is_for(tmp_path: Path) -> None:
+    model, data = tmp_path / "model.onnx", tmp_path / "model.onnx.data"
+    model.write_bytes(b"graph")
+    alone = fingerprint(model)
+    data.write_bytes(b"weights")
+    both = fingerprint(model)
+    data.write_bytes(b"others!!")
+    assert len({alone, both, fingerprint(model)}) == 3
+
+
+def named(folder: Path) -> Path:
+    """A folder that looks like an adapter's."""
+    (folder / CONFIG).write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("format", ["executorch", "litert", "coreml"])
+def test_formats_that_cannot_say_so(tmp_path: Path, format: str) -> None:
+    folder = [("a", named(tmp_path))]
+    with pytest.raises(InputError, match=rf"format {format} cannot keep adapters apart: .*MODEL"):
+        refuse_adapters(folder, ["group-quantize"], [exporter(format)], searched=False)
+    refuse_adapters(folder, ["group-quantize", "gptq"], [exporter("onnx")], searched=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["rotate", "awq", "recover", "drop-layers", "prune-neurons", "trim-vocabulary"]
+)
+def test_passes_that_change_what_matrices_are_given_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=f"pass {name} changes"):
+        refuse_adapters(
+            [("a", named(tmp_path))], [name, "group-quantize"], [exporter("onnx")], searched=False
+        )
+
+
+def test_a_plan_refuses_early(tiny_llama: Path, tmp_path: Path) -> None:
+    asked = Request(
+        model=str(tiny_llama), target="android", formats=("litert",), adapters=(("a", named(tmp_path)),)
+    )
+    with pytest.raises(InputError, match="format litert cannot"):
+        make_plan(asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (["a=nowhere"], "no folder that peft saved"),
+        (["a b=mine"], "cannot be a name"),
+        (["a=mine", "a=mine"], "there twice"),
+        (["../x=mine"], "cannot be a name"),
+    ],
+)
+def test_names_and_folders_are_looked_over(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / CONFIG).write_text("{}")
+    with pytest.raises(InputError, match=words):
+        parse_adapters(asked)
+    assert parse_adapters(["mine", "b=mine"]) == (("mine", Path("mine")), ("b", Path("mine")))
