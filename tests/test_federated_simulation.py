@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
-from conftest import Cli
+from conftest import Cli, command, environment
 from forked import Forked
 
 pytest.importorskip("flwr")
@@ -83,12 +88,35 @@ def test_what_is_missing_is_said_before_anything_runs(
 ) -> None:
     settings = write(tmp_path, tiny_llama, 3)
     settings.write_text(settings.read_text().replace('[data]\ntexts = ["texts"]', ""))
-    for command, missing in (("simulate", "[data]"), ("server", "[server]"), ("client", "[client]")):
-        done = quick_cli("federate", command, settings, cwd=tmp_path)
+    for kind, missing in (("simulate", "[data]"), ("server", "[server]"), ("client", "[client]")):
+        done = quick_cli("federate", kind, settings, cwd=tmp_path)
         assert done.returncode == 2
         assert missing in done.stderr
         assert "Traceback" not in done.stderr
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_nothing_listens_where_others_could_reach_it(tmp_path: Path, tiny_llama: Path) -> None:
+    settings = write(tmp_path, tiny_llama, 3)
+    heard: set[str] = set()
+    with subprocess.Popen(
+        command("federate", "simulate", settings), env=environment({"OMP_NUM_THREADS": "1"}), cwd=tmp_path
+    ) as process:
+        whole = psutil.Process(process.pid)
+        while process.poll() is None:
+            with suppress(psutil.Error):
+                for each in (whole, *whole.children(recursive=True)):
+                    with suppress(psutil.Error):
+                        heard |= {
+                            one.laddr.ip
+                            for one in each.net_connections("inet")
+                            if one.status == psutil.CONN_LISTEN
+                        }
+            time.sleep(0.2)
+    assert process.returncode == 0
+    assert heard
+    assert all(ipaddress.ip_address(address).is_loopback for address in heard), heard
 
 
 @pytest.mark.slow

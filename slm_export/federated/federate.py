@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from slm_export.bundles.staging import staged
@@ -13,9 +15,11 @@ from slm_export.federated.rounds import begin, require_done
 from slm_export.federated.settings import Federation
 from slm_export.federated.state import State, load_state
 from slm_export.learning.places import place
-from slm_export.progress import Progress
+from slm_export.progress import Progress, Stage
 from slm_export.source.provenance import source_sha256
 
+_LOOK_S = 1.0
+"""Between two looks at how far the engine is."""
 Engine = Callable[[Federation, Path], None]
 """Runs the rounds that are left in the folder that holds the state."""
 
@@ -43,7 +47,11 @@ def federate(
     }
     with staged(Path(federation.out), force) as staging, place(key) as work:
         begun = begin(federation, start(base), work.folder)
-        with progress.stage(f"learn from clients, round {len(begun.rounds) + 1} on"):
+        left = federation.rounds.number - len(begun.rounds)
+        with (
+            progress.stage("learn from clients", left) as stage,
+            _followed(stage, work.folder, len(begun.rounds)),
+        ):
             engine(federation, work.folder)
         state = load_state(work.folder)
         assert state is not None
@@ -52,3 +60,25 @@ def federate(
         out = staging.commit()
         work.done()
     return state, out
+
+
+@contextmanager
+def _followed(stage: Stage, folder: Path, before: int) -> Iterator[None]:
+    """Let a stage count the rounds that the engine, in a process of its own, has stored."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        seen = before
+        while not ended.wait(_LOOK_S):
+            state = load_state(folder)
+            if state is not None and len(state.rounds) > seen:
+                stage.advance(len(state.rounds) - seen, f"{state.rounds[-1].good} good updates")
+                seen = len(state.rounds)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

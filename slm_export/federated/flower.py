@@ -26,6 +26,8 @@ def environment(home: Path) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Where it may not join machines to a cluster, Ray listens on the loopback address alone.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         # Ray ends workers of its own choice where memory is short; here that would look like a client that died.
         "RAY_memory_monitor_refresh_ms": "0",
