@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, default=0.1)
     parser.add_argument("--steps", type=int, default=5, help="of a client in a round")
     parser.add_argument("--rate", type=float, default=2e-2)
-    parser.add_argument("--clip", type=float, default=1.0)
+    parser.add_argument("--clip", type=float, default=5.0, help="about the norm of an update")
     parser.add_argument("--alpha", type=float, nargs="+", default=[0.1, 100.0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--plot", type=Path, help="[default: OUT/non_iid.svg]")
