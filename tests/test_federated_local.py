@@ -265,7 +265,7 @@ def test_what_a_head_learned_is_a_checkpoint(classifier: Made, tmp_path: Path) -
 def test_a_base_on_the_grid_has_the_values_that_ship(tiny_llama: Path) -> None:
     from slm_export.optimizers.group_quantize import quantize
 
-    floats, grid = (open_base(Model(base=str(tiny_llama), rank=2), bits=bits).module for bits in (32, 4))
+    floats, grid = (open_base(Model(base=str(tiny_llama), rank=2, bits=bits)).module for bits in (32, 4))
     path = "base_model.model.model.layers.0.mlp.down_proj.weight"
     wanted = quantize(floats.get_parameter(path).detach(), 4, 32).float32()
     assert torch.equal(grid.get_parameter(path), wanted)

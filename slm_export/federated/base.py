@@ -51,11 +51,8 @@ class Base:
         return {_name(path): value for path, value in trainable(self.module).items()}
 
 
-def open_base(model: Model, bits: int = 32) -> Base:
+def open_base(model: Model) -> Base:
     """Read a base, and put on it what learns.
-
-    Given   bits: of the frozen matrices, which then have the values that an export ships: 4 (in groups of 32,
-            embeddings 8), 8 or 32 (as the checkpoint has them)
 
     Raises:
         InputError: the folder, or what is to learn on it, is not right.
@@ -67,7 +64,7 @@ def open_base(model: Model, bits: int = 32) -> Base:
     tokenizer = SourceTokenizer.load(folder)
     refuse_large_vocabulary(source, tokenizer)
     with machine_errors("load the model", folder):
-        module = learner(on_grid(source, bits), model.learns, model.rank, model.targets, model.seed)
+        module = learner(on_grid(source, model.bits), model.learns, model.rank, model.targets, model.seed)
     labels: tuple[str, ...] = ()
     if source.task == CLASSIFICATION:
         names = module.config.id2label

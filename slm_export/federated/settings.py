@@ -61,6 +61,9 @@ class Model(Table):
     """Of the adapter."""
     targets: tuple[Text, ...] = ()
     """Linear layers that get one; none: those that peft takes for the family."""
+    bits: Literal[4, 8, 32] = 32
+    """Of the frozen matrices, whose values are then those that an export ships: 4 in groups of 32 with embeddings of 8,
+    or 8; 32: as the checkpoint has them."""
     start: Text | None = None
     """An adapter folder, or for a head a checkpoint, of an earlier federation to go on from."""
     seed: int = Field(default=0, ge=0)
