@@ -335,3 +335,11 @@ def test_a_loss_that_is_not_finite_is_an_error(classifier: Made) -> None:
     huge = {name: np.full_like(value, 3e38) for name, value in start(base).items()}
     with pytest.raises(InputError, match="lower rate"):
         train(base, huge, examples, LOCAL, PLAIN, seed=0)
+
+
+def test_layers_without_gradients_by_example_are_refused(tiny_llama: Path, decoder: Made) -> None:
+    base = open_base(Model(base=str(tiny_llama), rank=2, targets=("embed_tokens",)))
+    private = Privacy(unit="example", epsilon=9, delta=1e-3, noise=2.0, accountant="rdp")
+    assert train(base, start(base), decoder[1], LOCAL, PLAIN, seed=0).steps == LOCAL.steps
+    with pytest.raises(InputError, match=r"embed_tokens.* is no linear layer.*leave it out of targets"):
+        train(base, start(base), decoder[1], LOCAL, private, seed=0)
