@@ -11,11 +11,11 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -54,13 +54,14 @@ def answer(station: Station, message: Message, context: Context) -> Message:
     if station.federation.aggregation.secure:
         return _answer_in_sums(station, message, context, part)
     config = message.content.config_records.get(CONFIG, {})
-    if config.get("settings") != station.federation.sha256:
-        return _error(message, OTHER_SETTINGS, "the server's settings are not those of this client's file")
-    tensors = from_record(message.content.array_records[ARRAYS])
     try:
+        _refuse_another(station.federation, config)
+        tensors = from_record(message.content.array_records[ARRAYS])
         learned, change = _learn(station, tensors, int(config["server-round"]), part)
     except _SpentError as error:
         return _error(message, BUDGET_SPENT, str(error))
+    except _AnotherError as error:
+        return _error(message, OTHER_SETTINGS, str(error))
     except SlmExportError as error:
         return _error(message, CANNOT_LEARN, str(error))
     content = RecordDict(
@@ -76,15 +77,27 @@ def answer(station: Station, message: Message, context: Context) -> Message:
 def _answer_in_sums(station: Station, message: Message, context: Context, part: int | None) -> Message:
     from slm_export.federated import secure
 
-    def train(sent: Sequence[NDArray[np.float32]], number: int) -> Tensors:
+    def train(sent: Sequence[NDArray[np.float32]], config: Mapping[str, Any]) -> Tensors:
+        _refuse_another(station.federation, config)
         names = sorted(_base(station.federation.model.model_dump_json()).begun)
-        return _learn(station, dict(zip(names, sent, strict=True)), number, part)[1]
+        return _learn(station, dict(zip(names, sent, strict=True)), int(config["server-round"]), part)[1]
 
     try:
         return secure.answer(station.federation, message, context, train)
     except Exception as error:  # noqa: BLE001
         # Flower would send the server the words of whatever is raised.
         return _error(message, CANNOT_LEARN, f"{type(error).__name__}: {error}")
+
+
+def _refuse_another(federation: Federation, config: Mapping[str, Any]) -> None:
+    if config.get("settings") != federation.sha256:
+        raise _AnotherError("the server's settings are not those of this client's file")
+    if config.get("base") != _sha256(federation.model.base):
+        raise _AnotherError(f"the server's base is another model than {federation.model.base}")
+
+
+class _AnotherError(SlmExportError):
+    """The server's federation is not this client's."""
 
 
 class _SpentError(SlmExportError):
@@ -162,6 +175,13 @@ def _base(model: str) -> Base:
     from slm_export.federated.base import open_base
 
     return open_base(Model.model_validate_json(model))
+
+
+@lru_cache(maxsize=1)
+def _sha256(folder: str) -> str:
+    from slm_export.source.provenance import source_sha256
+
+    return source_sha256(Path(folder))
 
 
 def _examples(base: Base, federation: Federation, parts: int | None, part: int | None) -> Examples:

@@ -46,7 +46,7 @@ def federate(
         **federation.model_dump(mode="json", exclude={"server", "client"}),
     }
     with staged(Path(federation.out), force) as staging, place(key) as work:
-        begun = begin(federation, start(base), work.folder)
+        begun = begin(federation, start(base), work.folder, sha256)
         left = federation.rounds.number - len(begun.rounds)
         with (
             progress.stage("learn from clients", left) as stage,

@@ -24,8 +24,10 @@ _ENDED = (
 )
 
 
-def begin(federation: Federation, tensors: Tensors, folder: Path) -> State:
+def begin(federation: Federation, tensors: Tensors, folder: Path, base: str = "") -> State:
     """Return where the federation stands; if it has not begun, begin it with these tensors.
+
+    Given   base: sha256 of the model, which clients hold theirs against
 
     Raises:
         InputError: no noise keeps the declared budget.
@@ -33,7 +35,7 @@ def begin(federation: Federation, tensors: Tensors, folder: Path) -> State:
     state = load_state(folder)
     if state is None:
         noise = _noise(federation)
-        state = State(tensors=dict(tensors), noise=noise, ledger=None if noise is None else [])
+        state = State(tensors=dict(tensors), noise=noise, ledger=None if noise is None else [], base=base)
         save_state(state, folder)
     return state
 
@@ -84,7 +86,7 @@ def _round(grid: Grid, federation: Federation, strategy: Screening, state: State
         assert budget is not None
         if not budget.allows(ledger):
             return replace(state, stopped=SPENT)
-    after = _asked(grid, federation, strategy, number, state.tensors)
+    after = _asked(grid, federation, strategy, state)
     done = strategy.done
     assert done is not None
     assert done.number == number
@@ -94,13 +96,11 @@ def _round(grid: Grid, federation: Federation, strategy: Screening, state: State
     return state.after(done, after)
 
 
-def _asked(
-    grid: Grid, federation: Federation, strategy: Screening, number: int, tensors: Tensors
-) -> Tensors | None:
+def _asked(grid: Grid, federation: Federation, strategy: Screening, state: State) -> Tensors | None:
+    number, config = len(state.rounds) + 1, {"settings": federation.sha256, "base": state.base}
     if federation.aggregation.secure:
-        return strategy.sum_securely(grid, number, tensors)
-    config = ConfigRecord({"settings": federation.sha256})
-    messages = strategy.configure_train(number, to_record(tensors), config, grid)
+        return strategy.sum_securely(grid, number, state.tensors, config)
+    messages = strategy.configure_train(number, to_record(state.tensors), ConfigRecord(config), grid)
     replies = grid.send_and_receive(messages, timeout=federation.rounds.deadline_s) if messages else []
     arrays, _ = strategy.aggregate_train(number, replies)
     return None if arrays is None else from_record(arrays)

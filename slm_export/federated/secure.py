@@ -50,8 +50,8 @@ STEPS = 1 << 22
 MODULUS = 1 << 32
 _SHARES, _THRESHOLD = 1.0, 0.67
 """Everybody holds a share of everybody's secrets; two thirds of them open one."""
-Train = Callable[[Sequence[NDArray[np.float32]], int], Tensors]
-"""Tensors that were sent, in the order of their names, and the round -> what changed."""
+Train = Callable[[Sequence[NDArray[np.float32]], Mapping[str, Any]], Tensors]
+"""Tensors that were sent, in the order of their names, and what was told beside them -> what changed."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +140,20 @@ def _of_those_left(state: Any) -> bool:
 
 
 def collect(
-    grid: Grid, federation: Federation, clients: Sequence[int], number: int, tensors: Tensors
+    grid: Grid,
+    federation: Federation,
+    clients: Sequence[int],
+    number: int,
+    tensors: Tensors,
+    config: Mapping[str, str],
 ) -> Sum | str:
-    """Return the sum over those who stayed to the end; or why there is none."""
+    """Return the sum over those who stayed to the end; or why there is none.
+
+    Given   config: what every client is told of the server's settings
+    """
     put_masks_in_place()
     names = sorted(tensors)
-    asked = _Asked(clients, {"settings": federation.sha256, "server-round": number})
+    asked = _Asked(clients, {**config, "server-round": number})
     state = RecordDict(
         {
             MAIN_CONFIGS_RECORD: ConfigRecord({WorkflowKey.CURRENT_ROUND: number}),
@@ -202,9 +210,7 @@ def answer(federation: Federation, message: Message, context: Context, train: Tr
 
     def learn(message: Message, context: Context) -> Message:
         asked = compat.recorddict_to_fitins(message.content, keep_input=True)
-        if asked.config.get("settings") != federation.sha256:
-            raise ValueError("the server's settings are not those of this client's file")
-        change = train(parameters_to_ndarrays(asked.parameters), int(asked.config["server-round"]))
+        change = train(parameters_to_ndarrays(asked.parameters), asked.config)
         made = clipped(change, clip_of(federation))
         result = FitRes(
             Status(Code.OK, ""), ndarrays_to_parameters([made[name] for name in sorted(made)]), 1, {}

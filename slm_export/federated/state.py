@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ class State:
     """What was spent, as `accounting.Ledger` writes it; None: nothing is counted at the server."""
     stopped: str | None = None
     """Why it ended before all rounds were done."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    base: str = ""
+    """sha256 of the model that learns, which clients hold theirs against."""
 
     def after(self, done: Round, tensors: Tensors | None) -> State:
         """Return the state one round later."""

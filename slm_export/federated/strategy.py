@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -103,12 +103,14 @@ class Screening(Strategy):  # type: ignore[misc]  # Flower is not checked
         self.done = self._told(server_round, sent, screened, changed=made is not None)
         return (None if made is None else to_record(made)), None
 
-    def sum_securely(self, grid: Grid, number: int, tensors: Tensors) -> Tensors | None:
+    def sum_securely(
+        self, grid: Grid, number: int, tensors: Tensors, config: Mapping[str, str]
+    ) -> Tensors | None:
         """Return the tensors after a round in which only the sum of the updates was seen; None where it failed."""
         from slm_export.federated import secure
 
         drawn = self._drawn(grid)
-        made = secure.collect(grid, self._federation, drawn, number, tensors)
+        made = secure.collect(grid, self._federation, drawn, number, tensors, config)
         count = 0 if isinstance(made, str) else made.clients
         after = None
         if not isinstance(made, str) and count >= self._federation.rounds.minimum:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_export.child import serve_all
+from slm_export.errors import InputError
 from slm_export.federated.flower import end_with_parent
 
 _FLEET = "/v1/fleet/"
@@ -54,7 +55,7 @@ def serve_run(request: dict[str, Any]) -> dict[str, str]:
     from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
     from flwr.superlink.main import create_app
 
-    inner = socket.create_server(("127.0.0.1", 0))
+    inner, outer = socket.create_server(("127.0.0.1", 0)), _listening(request["host"], request["port"])
     port = inner.getsockname()[1]
     app = create_app(_lifespan(port), SuperLinkLifespan)
     quiet = {"access_log": False, "log_config": None, "workers": 1}
@@ -70,7 +71,7 @@ def serve_run(request: dict[str, Any]) -> dict[str, str]:
                     **quiet,
                 )
             ),
-            [socket.create_server((request["host"], request["port"]), family=_family(request["host"]))],
+            [outer],
         ),
     ]
     threads = [threading.Thread(target=door.run, args=(sockets,), daemon=True) for door, sockets in doors]
@@ -144,8 +145,13 @@ def _run(address: str, keys: list[Path]) -> dict[str, str]:
         control.close()
 
 
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise InputError(
+            f"server.listen: nobody can listen at {host}, port {port}: {error.strerror}"
+        ) from error
 
 
 if __name__ == "__main__":
