@@ -34,6 +34,7 @@ class Echo(Bundles):
         sampling: Sampling,
         nearest: Nearest | None = None,
         show: Show = lambda _: None,
+        adapter: str | None = None,
     ) -> Answer:
         self._before(prompt)
         with self._counting:

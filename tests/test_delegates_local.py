@@ -47,11 +47,44 @@ def bundles(task: str, answer: Any) -> tuple[Bundles, list[Path]]:
     def open_one(folder: Path, format: str | None) -> OpenBundle:
         opened.append(folder)
         made: Any = SimpleNamespace(
-            manifest=SimpleNamespace(model=SimpleNamespace(task=task)), answer=answer, close=lambda: None
+            manifest=SimpleNamespace(model=SimpleNamespace(task=task)),
+            answer=answer,
+            adapt=lambda name: None,
+            close=lambda: None,
         )
         return made  # type: ignore[no-any-return]
 
     return Bundles(open_one), opened
+
+
+def test_delegates_share_a_base_and_each_switches_to_its_adapter(tmp_path: Path) -> None:
+    switched: list[str | None] = []
+
+    def open_one(folder: Path, format: str | None) -> OpenBundle:
+        made: Any = SimpleNamespace(
+            manifest=SimpleNamespace(model=SimpleNamespace(task=EMBEDDING)),
+            answer=lambda text: letters(text) | {"embedding": [float(len(switched))]},
+            adapt=switched.append,
+            close=lambda: None,
+        )
+        return made  # type: ignore[no-any-return]
+
+    made = Bundles(open_one)
+    for adapter in ("sorting", None, "law"):
+        made.answer("b", None, "text", NOW, adapter=adapter)
+    assert switched == ["sorting", None, "law"]
+    with pytest.raises(InputError, match="adapter needs a bundle"):
+        delegates(
+            tmp_path,
+            """
+            [delegates.one]
+            adapter = "law"
+            where   = "remote"
+            trigger = { every = "1m" }
+            output  = { stdout = true }
+            remote  = { url = "http://127.0.0.1:1/v1", model = "m" }
+            """,
+        )
 
 
 def test_the_nearest_entry_answers(tmp_path: Path) -> None:

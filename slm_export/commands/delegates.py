@@ -13,7 +13,7 @@ from rich.text import Text
 from slm_export.commands.terminal import print_json, stdout, working
 from slm_export.delegates.config import Delegate, Delegates, load_delegates
 from slm_export.delegates.state import State
-from slm_export.errors import InputError, MissingComponentError
+from slm_export.errors import InputError, MissingComponentError, suggestion
 from slm_export.reports.words import printable
 
 
@@ -94,8 +94,13 @@ def _problems(delegate: Delegate) -> list[str]:
             if keras_bundle.is_one(folder):
                 raise InputError(f"{folder}: holds a model of TensorFlow, which delegates cannot run")
             manifest = read_manifest(folder)
-            if delegate.format is not None:
-                manifest.artifact(delegate.format)
+            entry = (
+                manifest.artifact(delegate.format) if delegate.format is not None else manifest.artifacts[0]
+            )
+            known = [each.name for each in manifest.adapters if each.format == entry.format]
+            if delegate.adapter is not None and delegate.adapter not in known:
+                hint = suggestion(delegate.adapter, known)
+                found.append(f"adapter: {folder} has no '{delegate.adapter}' for {entry.format}{hint}")
             if delegate.nearest is not None:
                 read_model(Path(delegate.nearest.file), Entries)
             found += [f"{folder}: {problem}" for problem in verify_files(folder)]

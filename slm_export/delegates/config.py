@@ -111,6 +111,8 @@ class Delegate(Table):
 
     bundle: Text | None = None
     format: Text | None = None
+    adapter: Text | None = None
+    """One of the bundle's, which is on for this delegate's answers; none: the base answers."""
     prompt: Text = "{text}"
     """What the model is given; {text} is the input, {path} a file's name, {time} when it was set off."""
     trigger: Trigger
@@ -139,6 +141,8 @@ class Delegate(Table):
             raise ValueError("[remote] and where = 'remote' or 'local-then-remote' belong together")
         if (self.where == "local-then-remote") != (self.rule is not None):
             raise ValueError("[rule] and where = 'local-then-remote' belong together")
+        if self.adapter is not None and self.bundle is None:
+            raise ValueError("adapter needs a bundle, which has one of that name")
         if self.nearest is not None and self.bundle is None:
             raise ValueError("nearest needs a bundle, of an embedding model")
         if self.personal_data is not None and (self.remote is None or self.private):

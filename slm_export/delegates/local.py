@@ -58,15 +58,19 @@ class Bundles:
         sampling: Sampling,
         nearest: Nearest | None = None,
         show: Show = lambda _: None,
+        adapter: str | None = None,
     ) -> Answer:
         """Return the answer of a bundle; that of a decoder is shown piece by piece.
 
+        Given   adapter: of the bundle, which is switched to for this answer; None: the base answers
+
         Raises:
-            InputError: the prompt does not fit, or the entries are not for this model.
+            InputError: the prompt does not fit, the entries are not for this model, or it has no such adapter.
             GateError: the bundle is not what was written.
         """
         opened, lock = self._get(bundle, format)
         with lock:
+            opened.adapt(adapter)
             if nearest is not None:
                 return self._nearest(opened, (bundle, format), prompt, nearest)
             if opened.manifest.model.task != GENERATION:

@@ -106,4 +106,12 @@ def _after(rule: Rule, local: Answer) -> str | None:
 
 def _here(delegate: Delegate, prompt: str, bundles: Bundles, show: Show) -> Answer:
     assert delegate.bundle is not None
-    return bundles.answer(delegate.bundle, delegate.format, prompt, delegate.sampling, delegate.nearest, show)
+    return bundles.answer(
+        delegate.bundle,
+        delegate.format,
+        prompt,
+        delegate.sampling,
+        delegate.nearest,
+        show,
+        delegate.adapter,
+    )
