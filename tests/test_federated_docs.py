@@ -61,11 +61,19 @@ def typed(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_from_a_shipped_bundle_to_a_delegate_that_has_learned(tmp_path: Path) -> None:
     done = typed(walk("simulation"), tmp_path)
     assert done.returncode == 0, done.stderr
-    told = json.loads((tmp_path / "adapter" / "federation.json").read_text())["federation"]
-    assert told["rounds"]["that_changed"] == 2
-    assert 0 < told["privacy"]["spent"]["epsilon"] <= 8.0
-    learned = json.loads((tmp_path / "tuned" / "manifest.json").read_text())["model"]["learned"]
-    assert learned["settings"]["privacy"] == told["privacy"]
+    weeks = [
+        json.loads((tmp_path / week / "federation.json").read_text())["federation"]
+        for week in ("week-1", "week-2")
+    ]
+    for told in weeks:
+        assert told["rounds"]["that_changed"] == 2
+        assert 0 < told["privacy"]["spent"]["epsilon"] <= 8.0
+    assert weeks[0]["began_with"] is None
+    assert weeks[1]["began_with"]["privacy"] == weeks[0]["privacy"]
+    adapters = json.loads((tmp_path / "shipped" / "manifest.json").read_text())["adapters"]
+    assert [each["name"] for each in adapters] == ["week-1", "week-2"]
+    learned = json.loads((tmp_path / "merged" / "manifest.json").read_text())["model"]["learned"]
+    assert learned["settings"]["privacy"] == weeks[1]["privacy"]
     answers = [line for line in done.stdout.splitlines() if '"coder"' in line]
     assert len(answers) == 1, done.stdout
 

@@ -40,9 +40,11 @@ def federate(
     with progress.stage("read the base"):
         base = open_base(federation.model)
         sha256 = source_sha256(base.folder)
+    began = federation.model.start and source_sha256(Path(federation.model.start))
     key = {
         "what": f"federate {how}",
         "base": sha256,
+        "start": began,
         **federation.model_dump(mode="json", exclude={"server", "client"}),
     }
     with staged(Path(federation.out), force) as staging, place(key) as work:

@@ -19,6 +19,7 @@ from slm_export.federated.accounting import Ledger
 from slm_export.federated.rounds import budget_of
 from slm_export.federated.settings import Federation
 from slm_export.federated.state import Round, State
+from slm_export.jsonfile import read_object
 from slm_export.machine import machine_errors
 from slm_export.source.learned import LEARNING, Learned
 
@@ -45,7 +46,7 @@ def write_result(base: Base, base_sha256: str, federation: Federation, state: St
         lineage={"base": told["base"]},
         settings={
             name: told[name]
-            for name in ("learns", "clients", "rounds", "refused", "privacy", "settings_sha256")
+            for name in ("learns", "clients", "rounds", "refused", "privacy", "began_with", "settings_sha256")
         },
     )
     save(base, state.tensors, folder)
@@ -61,6 +62,7 @@ def manifest_of(name: str, sha256: str, federation: Federation, state: State) ->
     reasons = sorted({reason for done in rounds for reason in done.refused})
     return {
         "base": {"name": name, "source_sha256": sha256},
+        "began_with": _began_with(federation),
         "learns": federation.model.learns,
         "rank": federation.model.rank if federation.model.learns == "adapter" else None,
         "settings_sha256": federation.sha256,
@@ -78,6 +80,17 @@ def manifest_of(name: str, sha256: str, federation: Federation, state: State) ->
         "each_round": [_shown(done) for done in rounds],
         "toolchain": {"slm-export": __version__} | {tool: version(tool) for tool in _TOOLS},
     }
+
+
+def _began_with(federation: Federation) -> dict[str, Any] | None:
+    """Return what the adapter that it began with was taught under: what was spent on the same people adds up."""
+    if federation.model.start is None:
+        return None
+    path = Path(federation.model.start) / MANIFEST
+    if not path.is_file():
+        return {"privacy": {"unit": "unknown"}, "began_with": None}
+    before = read_object(path).get("federation", {})
+    return {name: before.get(name) for name in ("settings_sha256", "privacy", "began_with")}
 
 
 def privacy_of(federation: Federation, state: State) -> dict[str, Any]:

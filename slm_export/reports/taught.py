@@ -51,14 +51,24 @@ def taught_notes(report: Report) -> list[str]:
 
 
 def _federated(told: dict[str, Any]) -> str:
-    rounds, privacy = told["rounds"], told["privacy"]
-    note = f"taught by {told['clients']} clients in {rounds['that_changed']} rounds, on texts that stayed with them; "
-    if privacy["unit"] == "none":
-        return note + "no differential privacy"
+    note = (
+        f"taught by {told['clients']} clients in {told['rounds']['that_changed']} rounds, on texts that stayed with "
+        f"them; {_private(told['privacy'])}"
+    )
+    before = told.get("began_with")
+    while before is not None:
+        note += f"; it began with one of an earlier federation: {_private(before['privacy'])}"
+        before = before.get("began_with")
+    return note
+
+
+def _private(privacy: dict[str, Any]) -> str:
+    if privacy["unit"] not in ("user", "example"):
+        return "no differential privacy" if privacy["unit"] == "none" else "nothing is known of its privacy"
     spent, declared = privacy["spent"], privacy["declared"]
     epsilon = "unknown" if spent["epsilon"] is None else figure(spent["epsilon"])
     return (
-        f"{note}{privacy['unit']}-level differential privacy: epsilon {epsilon}, of a budget of "
+        f"{privacy['unit']}-level differential privacy: epsilon {epsilon}, of a budget of "
         f"{figure(declared['epsilon'])}, at delta {declared['delta']:g} (accountant: {privacy['accountant']})"
     )
 
