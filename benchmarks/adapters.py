@@ -1,7 +1,7 @@
-"""What keeping an adapter apart costs and saves in ONNX Runtime, beside the same adapter merged before quantization.
+"""What keeping an adapter apart costs and saves, beside the same adapter merged before quantization.
 
     python benchmarks/adapters.py examples/pycode-5m ADAPTER
-    python benchmarks/adapters.py examples/pycode-5m --rank 4 --rank 16 --threads 1
+    python benchmarks/adapters.py examples/pycode-5m --rank 4 --rank 16 --threads 1 --format executorch
 
 ADAPTER is a folder that peft saved for MODEL; without one, factors by chance on every linear layer are taken, of each
 rank: speed and size follow from shapes alone. Runs go round in turn, so that a busy machine is busy for all.
@@ -16,18 +16,19 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from slm_export.adapters.build import places_of
+from slm_export.adapters.build import places_for
 from slm_export.adapters.low_rank import read_low_rank
 from slm_export.checkpoint import Checkpoint
-from slm_export.exporters.onnx import OnnxExporter
 from slm_export.latency import usable_cores
 from slm_export.optimizers.group_quantize import GroupQuantize
-from slm_export.runtime import AdaptableSession, ExportOptions
+from slm_export.registry import exporter
+from slm_export.runtime import AdaptableSession, AdapterExporter, DecoderSession, ExportOptions
 from slm_export.source.adapters import merged
 from slm_export.source.load import load_checkpoint
 from slm_export.source.provenance import source_sha256
@@ -51,15 +52,16 @@ def by_chance(model: Path, folder: Path, rank: int) -> Path:
     return folder
 
 
-def write(checkpoint: Checkpoint, path: Path, bits: int, places: tuple[str, ...]) -> int:
+def write(
+    maker: AdapterExporter, checkpoint: Checkpoint, path: Path, bits: int, places: dict[str, Any]
+) -> int:
     """Write a quantized model; return its bytes."""
     quantized = GroupQuantize(bits=bits, embedding_bits=8).run(checkpoint).checkpoint
     path.parent.mkdir(parents=True)
-    options = ExportOptions(CONTEXT, stop_ids=(1,), bos_id=0, places=places)
-    return OnnxExporter().write(quantized, options, path).bytes
+    return maker.write(quantized, ExportOptions(CONTEXT, stop_ids=(1,), bos_id=0, **places), path).bytes
 
 
-def rates(session: AdaptableSession) -> tuple[float, float]:
+def rates(session: DecoderSession) -> tuple[float, float]:
     """Return tokens per second of a prompt, and of decoding behind it."""
     began = time.perf_counter()
     session.logits(list(range(3, 3 + PROMPT)), 0)
@@ -83,34 +85,47 @@ def measure(
     model: Path, folder: Path, arguments: argparse.Namespace, place: Path
 ) -> tuple[list[tuple[str, ...]], str]:
     """Return a row for each way to ship the adapter, and what switching takes."""
-    source, onnx = load_checkpoint(model), OnnxExporter()
-    onnx.set_threads(arguments.threads)
+    source, maker, bits = load_checkpoint(model), _maker(arguments.format), arguments.bits
+    maker.set_threads(arguments.threads)
     adapter = read_low_rank("adapter", folder, source, source_sha256(model))
-    plain, apart, whole = (place / name / "model.onnx" for name in ("plain", "apart", "merged"))
+    name = Path(maker.file(GENERATION)).name
+    plain, apart, whole = (place / each / name for each in ("plain", "apart", "merged"))
     sizes = {
-        "base, no places": write(source, plain, arguments.bits, ()),
-        "adapter merged": write(load_checkpoint(merged(folder, model)), whole, arguments.bits, ()),
-        "base with places, none on": write(source, apart, arguments.bits, places_of([adapter], source)),
+        "base, no places": write(maker, source, plain, bits, {}),
+        "adapter merged": write(maker, load_checkpoint(merged(folder, model)), whole, bits, {}),
+        "base with places, none on": write(maker, source, apart, bits, places_for([adapter], source)),
     }
-    file = place / "adapter.onnx_adapter"
-    onnx.write_adapter(adapter.factors, apart, file)
+    file = place / f"adapter{maker.adapter_suffix}"
+    maker.write_adapter(adapter.factors, apart, file)
     sizes["base with places, adapter on"] = sizes["base with places, none on"] + file.stat().st_size
-    paths = [plain, whole, apart, apart]
-    sessions = [onnx.open(path, GENERATION) for path in paths]
-    opened: list[AdaptableSession] = [each for each in sessions if isinstance(each, AdaptableSession)]
-    opened[-1].adapt(file)
-    found: list[list[tuple[float, float]]] = [[] for _ in opened]
+    sessions = [_opened(maker, path) for path in (plain, whole, apart, apart)]
+    last = sessions[-1]
+    assert isinstance(last, AdaptableSession)
+    last.adapt(file)
+    found: list[list[tuple[float, float]]] = [[] for _ in sessions]
     for _ in range(arguments.runs + 1):
-        for kept, session in zip(found, opened, strict=True):
+        for kept, session in zip(found, sessions, strict=True):
             kept.append(rates(session))
-    switch = milliseconds(lambda: (opened[-1].adapt(None), opened[-1].adapt(file)), 21) / 2
-    load = milliseconds(lambda: onnx.open(apart, GENERATION).close(), 5)
+    switch = milliseconds(lambda: (last.adapt(None), last.adapt(file)), 21)
+    load = milliseconds(lambda: _opened(maker, apart).close(), 5)
     words = (
-        f"adapter of rank {adapter.rank}: {file.stat().st_size / 1e6:.2f} MB; switching takes {switch:.2f} ms, "
+        f"adapter of rank {adapter.rank}: {file.stat().st_size / 1e6:.2f} MB; off and on again takes {switch:.2f} ms, "
         f"loading the base {load:.1f} ms"
     )
-    rows = [_row(name, sizes[name], kept[1:]) for name, kept in zip(sizes, found, strict=True)]
-    return rows, words
+    return [_row(name, sizes[name], kept[1:]) for name, kept in zip(sizes, found, strict=True)], words
+
+
+def _maker(format: str) -> AdapterExporter:
+    maker = exporter(format)
+    assert isinstance(maker, AdapterExporter)
+    maker.ready()
+    return maker
+
+
+def _opened(maker: AdapterExporter, path: Path) -> DecoderSession:
+    session = maker.open(path, GENERATION)
+    assert isinstance(session, DecoderSession)
+    return session
 
 
 def _row(name: str, size: int, kept: Sequence[tuple[float, float]]) -> tuple[str, ...]:
@@ -131,12 +146,12 @@ def main() -> None:
     parser.add_argument(
         "--rank", type=int, action="append", help="without ADAPTER; repeatable [default: 4, 16]"
     )
+    parser.add_argument("--format", choices=("onnx", "executorch"), default="onnx")
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--runs", type=int, default=7)
     arguments = parser.parse_args()
     console = Console()
-    OnnxExporter().ready()
     with TemporaryDirectory() as folder:
         asked = arguments.adapters or [
             by_chance(arguments.model, Path(folder) / f"rank-{rank}", rank)

@@ -21,7 +21,7 @@ from slm_export.errors import InputError, needs
 from slm_export.exporters.executorch_reader import stored
 from slm_export.exporters.executorch_session import load_runtime, open_session, run_text_llm_runner
 from slm_export.results import Artifact, Check, Signature, written
-from slm_export.runtime import ExportOptions, Session
+from slm_export.runtime import ExportOptions, Factors, Session
 from slm_export.source.tasks import ENDINGS, GENERATION, output_shape
 from slm_export.tokenization.phone_tokenizer import for_executorch
 from slm_export.tokenization.runtime_tokenizers import ExecuTorchTokenizer, RuntimeTokenizer
@@ -50,6 +50,10 @@ class ExecuTorchExporter:
     elsewhere: ClassVar[str | None] = None
     packages: ClassVar[tuple[str, ...]] = ("executorch",)
     tables: ClassVar[bool] = False
+    adapter_suffix: ClassVar[str] = ".safetensors"
+    no_adapter_runner: ClassVar[str | None] = (
+        "ExecuTorch's stock runners call `forward` alone, without an adapter: an app turns one on with the module API"
+    )
     dense_only: ClassVar[str | None] = (
         "XNNPACK has no sparse int8 or int4 kernel "
         "(its sparse kernels are for convolutional networks of floats)"
@@ -76,8 +80,8 @@ class ExecuTorchExporter:
     def write(self, checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Artifact:
         """Trace, lower and write the program."""
         write = _write_decoder if checkpoint.task == GENERATION else _write_encoder
-        signature = write(checkpoint, options, path)
-        return written(path, self.name, checkpoint.parameters, (signature,))
+        signatures = write(checkpoint, options, path)
+        return written(path, self.name, checkpoint.parameters, signatures)
 
     def open(self, path: Path, task: str) -> Session:
         """Open a program in ExecuTorch's own runtime."""
@@ -119,6 +123,24 @@ class ExecuTorchExporter:
         """Open the C++ tokenizer of ExecuTorch's runners, given the folder, which also names special tokens."""
         return ExecuTorchTokenizer(tokenizer.parent)
 
+    def write_adapter(self, factors: Mapping[str, Factors], base: Path, path: Path) -> None:
+        """Write the inputs of ``forward_adapted`` for the program at ``base``, as safetensors."""
+        from slm_export.exporters.executorch_places import write_adapter
+
+        write_adapter(factors, base, path)
+
+    def stored_factors(self, path: Path, base: Path) -> Mapping[str, Factors]:
+        """Return what an adapter's file for the program at ``base`` adds to each weight."""
+        from slm_export.exporters.executorch_places import read_factors
+
+        return read_factors(path, base)
+
+    def generate_adapted(
+        self, path: Path, tokenizer: Path, prompt: str, tokens: int, bos: int, adapter: Path
+    ) -> str:
+        """Not there: see `no_adapter_runner`."""
+        raise AssertionError(self.no_adapter_runner)
+
     def set_threads(self, count: int) -> None:
         """Let XNNPACK and the custom kernels use ``count`` threads in this process."""
         with needs(self.name, _PACKAGES):
@@ -131,14 +153,15 @@ class ExecuTorchExporter:
         return run_text_llm_runner(path, tokenizer, prompt, tokens, bos)
 
 
-def _write_decoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Signature:
+def _write_decoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> tuple[Signature, ...]:
     from slm_export.exporters.executorch_dialect import ExecuTorchDialect
     from slm_export.exporters.executorch_gelu import with_tanh_gelu
-    from slm_export.exporters.executorch_lowering import lower_decoder
+    from slm_export.exporters.executorch_lowering import lower_decoder, to_edge, write
     from slm_export.exporters.executorch_norms import with_norms
+    from slm_export.exporters.executorch_places import ENTRY, METHOD, Places, trace_adapted
     from slm_export.graph.model import build_decoder
 
-    dialect = ExecuTorchDialect()
+    dialect = ExecuTorchDialect(checkpoint, options.places)
     longest = min(PREFILL_CHUNK, options.context)
 
     def build(checkpoint: Checkpoint) -> nn.Module:
@@ -147,10 +170,23 @@ def _write_decoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -
     def trace(module: nn.Module) -> ExportedProgram:
         return _trace_decoder(module, longest)
 
-    lower_decoder(checkpoint, build, trace, _constants(checkpoint, options), path)
+    constants = _constants(checkpoint, options)
     vocabulary = checkpoint.config.get_text_config().vocab_size
-    inputs = {"tokens": f"int64[1, 1..{longest}]", "input_pos": "int64[1]"}
-    return Signature("forward", inputs, {"logits": f"float32[1, {vocabulary}]"})
+    inputs, outputs = (
+        {"tokens": f"int64[1, 1..{longest}]", "input_pos": "int64[1]"},
+        {"logits": f"float32[1, {vocabulary}]"},
+    )
+    forward = Signature("forward", inputs, outputs)
+    if not options.places:
+        lower_decoder(checkpoint, build, trace, constants, path)
+        return (forward,)
+    # Every layer is lowered, twice: what copies layers knows of one method.
+    places = Places(options.rank, {name: checkpoint.weights[name].shape for name in options.places})
+    module = build(checkpoint)
+    programs = {"forward": trace(module), METHOD: trace_adapted(module, dialect.matrices, places, longest)}
+    write(to_edge(programs, constants), checkpoint, path, entries={ENTRY: places.entry()})
+    matrices = {name: f"float32{list(shape)}" for name, shape in places.inputs.items()}
+    return forward, Signature(METHOD, {**inputs, **matrices}, outputs)
 
 
 def _trace_decoder(module: nn.Module, longest: int) -> ExportedProgram:
@@ -179,7 +215,7 @@ def _constants(checkpoint: Checkpoint, options: ExportOptions) -> Mapping[str, A
     return constants
 
 
-def _write_encoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> Signature:
+def _write_encoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> tuple[Signature, ...]:
     from slm_export.exporters.executorch_dialect import ExecuTorchDialect, register_whole_attention
     from slm_export.exporters.executorch_gelu import with_tanh_gelu
     from slm_export.exporters.executorch_lowering import to_edge, write
@@ -198,7 +234,7 @@ def _write_encoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -
     write(to_edge(program, constants), checkpoint, path)
     inputs = dict.fromkeys(names, f"int64[1, tokens={least}..{options.context}]")
     name, shape = output_shape(checkpoint.task, checkpoint.config)
-    return Signature("forward", inputs, {name: shape})
+    return (Signature("forward", inputs, {name: shape}),)
 
 
 def _trace_encoder(module: nn.Module, inputs: int, longest: int) -> tuple[int, ExportedProgram]:

@@ -7,12 +7,15 @@ attention   ``llama.update_cache`` and ``llama.custom_sdpa``, the kernels of the
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slm_export.checkpoint import Checkpoint
+from slm_export.exporters.executorch_places import Matrices, Place
 from slm_export.exporters.executorch_stand_in import xnnpack_nibbles
 from slm_export.graph.dialect import AttentionShape, Position, fake_quantize_per_token
 from slm_export.graph.model import refuse_unknown
@@ -34,12 +37,21 @@ _WHOLE = "slm_export_whole"
 class ExecuTorchDialect:
     """Makes parts for XNNPACK; the exporter's ``ready`` has imported the operators."""
 
+    def __init__(self, checkpoint: Checkpoint | None = None, places: Collection[str] = ()) -> None:
+        """``places``: names of the checkpoint's weights that adapters may add to."""
+        self._places = {id(checkpoint.weights[name]): name for name in places} if checkpoint else {}
+        self.matrices = Matrices()
+
     def linear(self, weight: Weight, bias: Tensor | None) -> nn.Module:
         """Return a linear layer on the codes themselves, or on float32 or float16 values."""
+        place = self._places.get(id(weight))
         weight = on_grid(weight)
+        part: nn.Module
         if isinstance(weight, Quantized):
-            return _QuantizedLinear(weight, bias)
-        return _HalfLinear(weight, bias) if weight.dtype == torch.float16 else _FloatLinear(weight, bias)
+            part = _QuantizedLinear(weight, bias)
+        else:
+            part = _HalfLinear(weight, bias) if weight.dtype == torch.float16 else _FloatLinear(weight, bias)
+        return part if place is None else Place(part, place, self.matrices)
 
     def embedding(self, weight: Weight) -> nn.Module:
         """Return a table look-up."""

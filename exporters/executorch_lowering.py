@@ -47,8 +47,8 @@ def lower_decoder(
     return reason
 
 
-def to_edge(program: ExportedProgram, constants: Mapping[str, Any]) -> Any:
-    """Return the edge program with XNNPACK's partitions lowered.
+def to_edge(program: ExportedProgram | dict[str, ExportedProgram], constants: Mapping[str, Any]) -> Any:
+    """Return the edge program with XNNPACK's partitions lowered; of several by the names of their methods.
 
     Two hints that both are ExecuTorch's own make it some three times as fast:
     the only operator to be kept whole is named without a condition, which saves one decomposition of three;
@@ -79,13 +79,23 @@ def to_edge(program: ExportedProgram, constants: Mapping[str, Any]) -> Any:
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
         constant_methods=dict(constants),
     )
-    for _, lowered in lowered_modules(edge.exported_program()):
-        lowered.compile_specs.clear()  # a hint to the compiler is nothing to store in the file
+    for method in edge.methods:
+        for _, lowered in lowered_modules(edge.exported_program(method)):
+            lowered.compile_specs.clear()  # a hint to the compiler is nothing to store in the file
     return edge
 
 
-def write(edge: Any, checkpoint: Checkpoint, path: Path, contents: Contents = MappingProxyType({})) -> None:
-    """Name the weights, plan memory, emit, and write with the large constants in their places."""
+def write(
+    edge: Any,
+    checkpoint: Checkpoint,
+    path: Path,
+    contents: Contents = MappingProxyType({}),
+    entries: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:
+    """Name the weights, plan memory, emit, and write with the large constants in their places.
+
+    Given   entries: further named data, which no runtime asks for
+    """
     from executorch.exir import ExecutorchBackendConfig
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 
@@ -98,6 +108,8 @@ def write(edge: Any, checkpoint: Checkpoint, path: Path, contents: Contents = Ma
         segment_alignment=_ALIGNMENT,
     )
     add_names(edge, checkpoint)
+    for key, data in entries.items():
+        edge._named_data_store.add_named_data(key, data)
     emitted = path.with_name(f"{path.name}.emitted")
     with open(emitted, "wb") as file:
         edge.to_executorch(config).write_to_file(file)

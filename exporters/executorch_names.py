@@ -30,10 +30,16 @@ LOOK_UPS = {"embedding_byte": 8, "embedding_4bit": 4}
 
 def add_names(edge: Any, checkpoint: Checkpoint) -> None:
     """Put the entry into an edge program, of what is in it: a matrix that the graph never uses is not."""
-    program, store = edge.exported_program(), edge._named_data_store
+    store = edge._named_data_store
+    programs = [edge.exported_program(method) for method in sorted(edge.methods)]  # as they are emitted
     weights = {name: weight for name, weight in checkpoint.weights.items() if isinstance(weight, Quantized)}
     keys = {name: keys_of(weight) for name, weight in weights.items()}
-    look_ups = [keys_of(table) for node in program.graph.nodes if (table := _table(program, node))]
+    look_ups = [
+        keys_of(table)
+        for program in programs
+        for node in program.graph.nodes
+        if (table := _table(program, node))
+    ]
     # Whatever was lowered must be a weight of this checkpoint, or a copied layer has got another's.
     known = set(keys.values())
     assert known.issuperset(look_ups)

@@ -166,6 +166,12 @@ def _equal(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
     return torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
+def named_entry(path: Path, key: str) -> bytes | None:
+    """Return an entry of a program's named data, None where it is not there; ValueError where it is no program."""
+    with open(path, "rb") as file:
+        return _Program(file).entry(key)
+
+
 class _Program:
     """The head of a program, and the payloads of its partitions; weights stay in the file."""
 
@@ -187,6 +193,10 @@ class _Program:
         if ENTRY not in self._named:
             raise ValueError("it does not tell the names of its weights")
         self.names = json.loads(self._read(self._named[ENTRY]))
+
+    def entry(self, key: str) -> bytes | None:
+        """Return an entry of the named data, if it is there."""
+        return self._read(self._named[key]) if key in self._named else None
 
     def matrices(self) -> Mapping[_Keys, list[_Matrix]]:
         """Return the matrices by the keys that they are named with, each with the places where it is."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError
+from slm_export.exporters.executorch_places import METHOD, Places, places_of, read_adapter
 from slm_export.foreign import reading
 from slm_export.runtime import Session
 from slm_export.source.tasks import GENERATION
@@ -51,10 +52,13 @@ def open_session(path: Path, task: str) -> Session:
         names = {program.get_method_name(i) for i in range(program.num_methods())}
         if "forward" not in names:
             raise InputError(f"{path}: has no method 'forward'; export the model again")
-        metadata = {name: _plain(program.load_method(name)([])) for name in sorted(names - {"forward"})}
+        constants = sorted(names - {"forward", METHOD})
+        metadata = {name: _plain(program.load_method(name)([])) for name in constants}
         method = program.load_method("forward")
-    kind = _Decoder if task == GENERATION else _Encoder
-    return kind(program, method, metadata)
+    if task != GENERATION:
+        return _Encoder(program, method, metadata)
+    places = places_of(path) if METHOD in names else Places(0, {})
+    return _Decoder(program, method, metadata, places, path)
 
 
 class _Program:
@@ -79,8 +83,14 @@ class _Program:
 
 
 class _Decoder(_Program):
-    def __init__(self, program: Any, method: Any, metadata: Mapping[str, Any]) -> None:
+    def __init__(
+        self, program: Any, method: Any, metadata: Mapping[str, Any], places: Places, path: Path
+    ) -> None:
         super().__init__(program, method, metadata)
+        self._path, self._places = path, places
+        self.places = frozenset(places.shapes)
+        self._forward, self._adapted = method, None
+        self._given: list[Tensor] = []
         self.context = int(self._metadata["get_max_context_len"])
         self.prefill_chunk = int(self._metadata["get_max_seq_len"])
         named = self._metadata.get("get_eos_ids", [])
@@ -94,8 +104,37 @@ class _Decoder(_Program):
             raise ValueError(f"{len(tokens)} tokens at {start} do not fit a context of {self.context}")
         for at in range(0, len(tokens), self.prefill_chunk):
             part = torch.tensor([tokens[at : at + self.prefill_chunk]], dtype=torch.int64)
-            result = self._run(part, torch.tensor([start + at], dtype=torch.int64))
+            result = self._run(part, torch.tensor([start + at], dtype=torch.int64), *self._given)
         return result
+
+    def adapt(self, adapter: Path | None) -> None:
+        """Turn an adapter file on, or with None whichever is on off; the program stays loaded.
+
+        The method with places has caches of its own: begin again at position 0.
+
+        Raises:
+            InputError: it is no adapter file, or not one for this program.
+        """
+        if adapter is None:
+            self._method, self._given = self._forward, []
+            return
+        given = read_adapter(adapter, self._path, self._places)
+        if self._adapted is None:
+            self._adapted = self._program.load_method(METHOD)
+        self._method, self._given = self._adapted, given
+
+    def adapted(self, adapter: Path, tokens: Sequence[int]) -> Tensor:
+        """Return the logits after some tokens, of the program loaded anew, in one call."""
+        given = read_adapter(adapter, self._path, self._places)
+        method = load_runtime()._load_program(str(self._path)).load_method(METHOD)
+        inputs = [torch.tensor([tokens]), torch.zeros(1, dtype=torch.int64), *given]
+        result: Tensor = method(inputs)[0][0].clone()
+        return result
+
+    def close(self) -> None:
+        """Let go of the program."""
+        del self._forward, self._adapted
+        super().close()
 
 
 class _Encoder(_Program):

@@ -47,6 +47,7 @@ class OnnxExporter:
     )
     tables: ClassVar[bool] = False
     adapter_suffix: ClassVar[str] = ".onnx_adapter"
+    no_adapter_runner: ClassVar[str | None] = None
     dense_only: ClassVar[str | None] = (
         "ONNX Runtime has no sparse kernel for a quantized matrix (a sparse initializer is made dense as it is loaded)"
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from slm_export.adapters.formats import refuse_adapters
+from slm_export.adapters.formats import notes_on, refuse_adapters
 from slm_export.budget.budget import Budget
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError
@@ -151,7 +151,7 @@ def make_plan(request: Request) -> Plan:
     refuse_foreign_text(
         [step.name for step in recipe], request.calibration, request.eval_text, judged=request.verify
     )
-    notes = []
+    notes = [*notes_on(request.adapters, exporters)]
     if not request.verify:
         notes.append("fidelity was not verified, and no gate on it judged (--no-verify)")
     if not request.bench:

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from slm_export import __version__, fidelity
-from slm_export.adapters.build import build_adapters, places_of, read_adapters
+from slm_export.adapters.build import build_adapters, places_for, read_adapters
 from slm_export.adapters.low_rank import LowRank
 from slm_export.bundles import bundle
 from slm_export.bundles.finished import until_the_end
@@ -87,7 +87,7 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
         with bundle.machine_errors("copy the licence", staging.path):
             copy_licences(folder, staging.path)
         options = _options(plan, context, tokenizer, staging.path / "tokenizer")
-        options = replace(options, places=places_of(adapters, source))
+        options = replace(options, **places_for(adapters, source))
         runners = _runner_tokenizers(plan, source, staging.path)
         notes = [
             *plan.notes,

@@ -36,6 +36,8 @@ class ExportOptions:
     """How the device profile wants a Core ML package."""
     places: tuple[str, ...] = ()
     """Names of the matrices that adapters may add to while the artifact runs."""
+    rank: int = 0
+    """The largest of adapters, for formats whose places have one rank."""
 
 
 @runtime_checkable
@@ -190,6 +192,8 @@ class AdapterExporter(Exporter, Protocol):
     """An exporter whose runtime takes adapters as files of their own."""
 
     adapter_suffix: ClassVar[str]
+    no_adapter_runner: ClassVar[str | None]
+    """Why the vendor's own generation loop takes no adapter; None where it does."""
 
     def write_adapter(self, factors: Mapping[str, Factors], base: Path, path: Path) -> None:
         """Write an adapter's file.

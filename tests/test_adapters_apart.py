@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from slm_export.adapters.formats import refuse_adapters
+from slm_export.adapters.formats import notes_on, refuse_adapters
 from slm_export.adapters.gate import judge_factors, judge_places
 from slm_export.adapters.low_rank import LowRank, read_low_rank
 from slm_export.adapters.reference import adapted_model
+from slm_export.bundles.checksums import sha256_file
 from slm_export.checkpoint import Checkpoint
 from slm_export.compilation import Request, make_plan
 from slm_export.errors import InputError
@@ -73,6 +74,7 @@ def apart(got: Tensor, expected: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Made:
+    exporter: Any
     base: Path
     checkpoint: Checkpoint
     path: Path
@@ -81,8 +83,8 @@ class Made:
     files: dict[str, Path]
 
 
-@pytest.fixture(scope="module")
-def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+@pytest.fixture(scope="module", params=["onnx", "executorch"])
+def made(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A base in 32 bits, so that nothing hides behind rounding, with two adapters of other ranks and layers."""
     place = tmp_path_factory.mktemp("apart")
     folders = {
@@ -91,21 +93,27 @@ def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     }
     checkpoint = GroupQuantize(bits=32, embedding_bits=32).run(load_checkpoint(tiny_llama)).checkpoint
     linear = tuple(name for name, role in checkpoint.roles.items() if role == "linear")
-    return write(tiny_llama, checkpoint, place, folders, linear)
+    return write(request.param, tiny_llama, checkpoint, place, folders, linear)
 
 
 def write(
-    base: Path, checkpoint: Checkpoint, place: Path, folders: dict[str, Path], places: tuple[str, ...]
+    format: str,
+    base: Path,
+    checkpoint: Checkpoint,
+    place: Path,
+    folders: dict[str, Path],
+    places: tuple[str, ...],
 ) -> Made:
-    onnx, path, files = OnnxExporter(), place / "model.onnx", {}
-    onnx.ready()
-    onnx.write(checkpoint, ExportOptions(CONTEXT, stop_ids=(1,), bos_id=0, places=places), path)
+    maker: Any = exporter(format)
+    path, files = place / Path(maker.file(GENERATION)).name, {}
+    maker.ready()
+    maker.write(checkpoint, ExportOptions(CONTEXT, stop_ids=(1,), bos_id=0, places=places, rank=4), path)
     for name, folder in folders.items():
-        files[name] = place / f"{name}.onnx_adapter"
-        onnx.write_adapter(read(name, folder, base).factors, path, files[name])
-    session = onnx.open(path, GENERATION)
+        files[name] = place / f"{name}{maker.adapter_suffix}"
+        maker.write_adapter(read(name, folder, base).factors, path, files[name])
+    session = maker.open(path, GENERATION)
     assert isinstance(session, AdaptableSession)
-    return Made(base, checkpoint, path, session, folders, files)
+    return Made(maker, base, checkpoint, path, session, folders, files)
 
 
 @pytest.mark.parametrize("name", [None, "wide", "thin"])
@@ -139,7 +147,7 @@ def test_the_runtime_s_own_loader_gives_the_same(made: Made) -> None:
 def test_a_file_holds_what_peft_adds(made: Made) -> None:
     for name, folder in made.folders.items():
         adapter = read(name, folder, made.base)
-        check = judge_factors(OnnxExporter().stored_factors(made.files[name], made.path), adapter)
+        check = judge_factors(made.exporter.stored_factors(made.files[name], made.path), adapter)
         assert check.passed, check
 
 
@@ -160,9 +168,9 @@ FAULTS: dict[str, Callable[[Factors], Factors]] = {
 def test_what_goes_wrong_with_a_file_is_seen(made: Made, tmp_path: Path, fault: str) -> None:
     adapter = read("wide", made.folders["wide"], made.base)
     broken = {name: FAULTS[fault](each) for name, each in adapter.factors.items()}
-    file = tmp_path / "broken.onnx_adapter"
-    OnnxExporter().write_adapter(broken, made.path, file)
-    assert not judge_factors(OnnxExporter().stored_factors(file, made.path), adapter).passed
+    file = tmp_path / "broken"
+    made.exporter.write_adapter(broken, made.path, file)
+    assert not judge_factors(made.exporter.stored_factors(file, made.path), adapter).passed
     made.session.adapt(file)
     wrong = made.session.logits(TOKENS, 0)
     made.session.adapt(None)
@@ -184,11 +192,11 @@ class Faulty(OnnxExporter):
         super().write_adapter({**factors, **swapped}, base, path)
 
 
-def test_the_gate_sees_a_place_that_is_not_as_it_should_be(made: Made) -> None:
+def test_the_gate_sees_a_place_that_is_not_as_it_should_be(tiny_llama: Path) -> None:
     square = tuple(f"model.layers.0.self_attn.{name}.weight" for name in ("q_proj", "o_proj"))
-    tokenizer = made.base
-    assert judge_places(OnnxExporter(), made.checkpoint, square, tokenizer).passed
-    check = judge_places(Faulty(), made.checkpoint, square, tokenizer)
+    checkpoint = load_checkpoint(tiny_llama)
+    assert judge_places(OnnxExporter(), checkpoint, square, tiny_llama).passed
+    check = judge_places(Faulty(), checkpoint, square, tiny_llama)
     assert not check.passed
     assert check.value is not None
     assert check.value > 10 * EXACT
@@ -211,23 +219,29 @@ def test_facts_of_an_adapter(made: Made) -> None:
     assert thin.parameters == (64 + 64) + (64 + 32)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_the_base_s_codes_are_as_without_places(tiny_llama: Path, tmp_path: Path, bits: int) -> None:
+@pytest.mark.parametrize(
+    ("format", "bits"),
+    [("onnx", 4), ("onnx", 8), ("executorch", 4), pytest.param("executorch", 8, marks=pytest.mark.slow)],
+)
+def test_the_base_s_codes_are_as_without_places(
+    tiny_llama: Path, tmp_path: Path, format: str, bits: int
+) -> None:
     checkpoint = GroupQuantize(bits=bits, embedding_bits=8).run(load_checkpoint(tiny_llama)).checkpoint
     places = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight")
     folder = adapter_of(tiny_llama, tmp_path / "mine", target_modules=["q_proj", "down_proj"])
-    with_places = write(tiny_llama, checkpoint, tmp_path, {"mine": folder}, places)
-    assert with_places.session.places == set(places)
-    plain = tmp_path / "plain.onnx"
-    onnx = OnnxExporter()
-    onnx.write(checkpoint, ExportOptions(CONTEXT, stop_ids=(1,), bos_id=0), plain)
-    without = onnx.open(plain, GENERATION)
-    assert torch.equal(with_places.session.logits(TOKENS, 0), without.logits(TOKENS, 0))  # type: ignore[union-attr]
-    stored, other = onnx.stored(with_places.path), onnx.stored(plain)
+    made = write(format, tiny_llama, checkpoint, tmp_path, {"mine": folder}, places)
+    assert made.session.places == set(places)
+    plain = tmp_path / "plain"
+    made.exporter.write(checkpoint, ExportOptions(CONTEXT, stop_ids=(1,), bos_id=0), plain)
+    without = made.exporter.open(plain, GENERATION)
+    assert torch.equal(made.session.logits(TOKENS, 0), without.logits(TOKENS, 0))
+    stored, other = made.exporter.stored(made.path), made.exporter.stored(plain)
     assert stored.keys() == other.keys()
     assert all(torch.equal(stored[name].packed, other[name].packed) for name in stored)
-    with_places.session.adapt(with_places.files["mine"])
-    got = with_places.session.logits(TOKENS, 0)
+    # The weights are there once, in however many methods.
+    assert made.path.stat().st_size - plain.stat().st_size < 0.2 * plain.stat().st_size
+    made.session.adapt(made.files["mine"])
+    got = made.session.logits(TOKENS, 0)
     # Activations are rounded to 8 bits before they meet the base.
     assert apart(got, eager(tiny_llama, folder, checkpoint)) <= 0.05
 
@@ -245,7 +259,7 @@ def test_layers_that_are_stamped_have_places_of_their_own(tmp_path: Path) -> Non
     folder = adapter_of(base, tmp_path / "mine", rank_pattern={r"layers\.3\.self_attn\.q_proj": 7})
     checkpoint = load_checkpoint(base)
     linear = tuple(name for name, role in checkpoint.roles.items() if role == "linear")
-    made = write(base, checkpoint, tmp_path, {"mine": folder}, linear)
+    made = write("onnx", base, checkpoint, tmp_path, {"mine": folder}, linear)
     made.session.adapt(made.files["mine"])
     expected = eager(base, folder, checkpoint)
     assert apart(made.session.logits(TOKENS, 0), expected) <= EXACT
@@ -321,31 +335,72 @@ def test_an_adapter_that_was_never_trained_is_refused(tiny_llama: Path, tmp_path
 
 
 def test_a_file_for_another_model_is_refused(made: Made, tmp_path: Path) -> None:
-    other = tmp_path / "model.onnx"
-    other.write_bytes(b"another model")
-    file = tmp_path / "mine.onnx_adapter"
-    OnnxExporter().write_adapter(read("thin", made.folders["thin"], made.base).factors, other, file)
+    other, file = tmp_path / made.path.name, tmp_path / "mine"
+    # Bytes that are no part of the model: an unknown field of the message, or what lies behind the last segment.
+    other.write_bytes(made.path.read_bytes() + b"\xfa\x7f\x00")
+    made.exporter.write_adapter(read("thin", made.folders["thin"], made.base).factors, other, file)
     with pytest.raises(InputError, match="another model"):
         made.session.adapt(file)
     file.write_bytes(made.files["thin"].read_bytes()[:-200])
-    with pytest.raises(InputError, match="add"):
+    with pytest.raises(InputError, match="no adapter that"):
         made.session.adapt(file)
     # Whatever was on before stays what it was.
     made.session.adapt(None)
     assert apart(made.session.logits(TOKENS, 0), eager(made.base, None, made.checkpoint)) <= EXACT
 
 
+def of(format: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("made", [format], indirect=True)
+
+
+@of("onnx")
 def test_factors_without_a_place_are_refused_by_the_session(made: Made, tmp_path: Path) -> None:
     file = tmp_path / "mine.onnx_adapter"
     factors = read("thin", made.folders["thin"], made.base).factors
     elsewhere = {name.replace("layers.0", "layers.9"): each for name, each in factors.items()}
-    OnnxExporter().write_adapter(elsewhere, made.path, file)
+    made.exporter.write_adapter(elsewhere, made.path, file)
     with pytest.raises(InputError, match="has no place"):
         made.session.adapt(file)
     narrow = {name: Factors(each.down[:, :8], each.up) for name, each in factors.items()}
-    OnnxExporter().write_adapter(narrow, made.path, file)
+    made.exporter.write_adapter(narrow, made.path, file)
     with pytest.raises(InputError, match="does not fit"):
         made.session.adapt(file)
+
+
+@of("executorch")
+def test_a_program_has_places_of_one_rank(made: Made, tmp_path: Path) -> None:
+    file = tmp_path / "mine.safetensors"
+    folder = adapter_of(made.base, tmp_path / "mine", r=5, target_modules=["q_proj"])
+    with pytest.raises(InputError, match="places of rank 4, and the adapter is of rank 5; export it again"):
+        made.exporter.write_adapter(read("mine", folder, made.base).factors, made.path, file)
+    factors = read("thin", made.folders["thin"], made.base).factors
+    elsewhere = {name.replace("layers.0", "layers.9"): each for name, each in factors.items()}
+    with pytest.raises(InputError, match=r"no place for an adapter at model\.layers\.9"):
+        made.exporter.write_adapter(elsewhere, made.path, file)
+    assert not file.exists()
+    tensors = load_file(made.files["thin"])
+    save_file(dict(list(tensors.items())[1:]), file, {"version": "1", "base_sha256": sha256_file(made.path)})
+    with pytest.raises(InputError, match="does not fit"):
+        made.session.adapt(file)
+
+
+@of("executorch")
+def test_an_app_hands_over_the_file_as_it_is(made: Made) -> None:
+    """And `forward` takes tokens and a position, as the stock runners call it."""
+    from slm_export.exporters.executorch_session import load_runtime
+
+    program = load_runtime()._load_program(str(made.path))
+    meta = program.method_meta("forward")
+    assert meta.num_inputs() == 2
+    adapted = program.method_meta("forward_adapted")
+    given = load_file(made.files["wide"])
+    assert adapted.num_inputs() == 2 + len(given) == 2 + 2 * len(made.session.places)
+    # The file's order is the program's.
+    for index, matrix in enumerate(given.values()):
+        assert tuple(adapted.input_tensor_meta(2 + index).sizes()) == tuple(matrix.shape)
+    inputs = [torch.tensor([TOKENS]), torch.zeros(1, dtype=torch.int64), *given.values()]
+    logits = program.load_method("forward_adapted")(inputs)[0][0]
+    assert apart(logits, eager(made.base, made.folders["wide"], made.checkpoint)) <= EXACT
 
 
 def test_a_model_s_data_is_part_of_what_an_adapter_is_for(tmp_path: Path) -> None:
@@ -364,12 +419,15 @@ def named(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("format", ["executorch", "litert", "coreml"])
+@pytest.mark.parametrize("format", ["litert", "coreml"])
 def test_formats_that_cannot_say_so(tmp_path: Path, format: str) -> None:
     folder = [("a", named(tmp_path))]
     with pytest.raises(InputError, match=rf"format {format} cannot keep adapters apart: .*MODEL"):
         refuse_adapters(folder, ["group-quantize"], [exporter(format)], searched=False)
-    refuse_adapters(folder, ["group-quantize", "gptq"], [exporter("onnx")], searched=False)
+    can = [exporter("onnx"), exporter("executorch")]
+    refuse_adapters(folder, ["group-quantize", "gptq"], can, searched=False)
+    assert [note.split(":")[0] for note in notes_on(folder, can)] == ["executorch"]
+    assert not notes_on([], can)
 
 
 @pytest.mark.parametrize(

@@ -218,3 +218,45 @@ def test_a_served_bundle_has_a_name_for_each(exported: Path) -> None:
         assert served.names == {"tiny": None, "tiny:second": "second"}
     finally:
         engine.close()
+
+
+@pytest.mark.slow
+def test_several_formats_are_judged_with_it_on(
+    tiny_llama: Path, folders: dict[str, Path], tmp_path: Path, quick_cli: Forked
+) -> None:
+    out, text = tmp_path / "made", tmp_path / "text.txt"
+    text.write_text("def read(path):\n    with open(path) as file:\n        return file.read()\n\n" * 12)
+    done = quick_cli(
+        tiny_llama, "--target", "host", "--format", "onnx", "--format", "executorch", "--bits", "8", "--context", "64",
+        "--eval-text", text, "--no-bench", "--adapter", f"first={folders['first']}", "--adapter",
+        f"third={folders['third']}", "--out", out, "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    for made in report["formats"]:
+        checks = {check["name"] for check in made["checks"]}
+        wanted = {
+            f"{name}: {what}" for name in ("first", "third") for what in ("kl_mean", "factors", "stopping")
+        }
+        assert wanted | {"adapters_switch", "adapters_load", "exact_adapters"} <= checks
+        assert [each["name"] for each in made["adapters"]] == ["first", "third"]
+        assert all(each["quality"]["tokens"] > 100 for each in made["adapters"])
+    assert any("stock runners call `forward` alone" in note for note in report["notes"])
+    listed = {(each["name"], each["format"]): each["path"] for each in manifest_of(out)["adapters"]}
+    assert listed["third", "executorch"] == "adapters/third.safetensors"
+    asked = ("run", out, "--prompt", PROMPT, "--max-tokens", "24", "--no-stream", "--no-chat-template")
+    texts = {
+        quick_cli(*asked, "--format", format, "--adapter", "first", cwd=tmp_path).stdout
+        for format in ("onnx", "executorch")
+    }
+    assert len(texts) == 1
+    done = quick_cli("verify", out, "--source", tiny_llama, "--eval-text", text, "--adapter",
+                     f"third={folders['third']}", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "onnx: third: factors" in done.stdout
+    assert "executorch: third: kl_mean" in done.stdout
+    assert "adapter first was not compared with its source" in done.stdout
+    done = quick_cli("verify", out, "--source", tiny_llama, "--eval-text", text, "--adapter",
+                     f"third={folders['first']}", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 2
+    assert "not the adapter that the bundle has" in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from slm_export.adapters.gate import judge_adapter, judge_places, judge_switching
 from slm_export.adapters.low_rank import LowRank, read_low_rank
@@ -48,6 +49,14 @@ def places_of(adapters: Sequence[LowRank], base: Checkpoint) -> tuple[str, ...]:
     """Return the weights that any of the adapters adds to, in the order of the model."""
     wanted = {name for adapter in adapters for name in adapter.factors}
     return tuple(name for name in base.weights if name in wanted)
+
+
+def places_for(adapters: Sequence[LowRank], base: Checkpoint) -> dict[str, Any]:
+    """Return what `ExportOptions` says of adapters: places and the largest rank."""
+    return {
+        "places": places_of(adapters, base),
+        "rank": max((adapter.rank for adapter in adapters), default=0),
+    }
 
 
 def build_adapters(

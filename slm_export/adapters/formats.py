@@ -12,9 +12,8 @@ from slm_export.source.adapters import check_adapter
 SAME_INPUTS = ("group-quantize", "gptq", "learned-rounding")
 """Passes that leave a matrix the inputs that it had; what an adapter learned holds for no others."""
 _CANNOT: Mapping[str, str] = {
-    "executorch": "the stock runners give a program tokens and a position, and no matrices",
-    "litert": "LiteRT-LM gives a model tokens, positions and caches, and no matrices",
-    "coreml": "nothing on this machine can run a package, and swift-transformers gives one tokens and a mask alone",
+    "litert": "LiteRT-LM takes those of the four projections of attention alone, and this is not written here yet",
+    "coreml": "what runs packages gives them tokens and a mask, and functions of one package cannot be added to",
 }
 
 
@@ -50,3 +49,12 @@ def refuse_adapters(
             f"--adapter: pass {changing[0]} changes what matrices are given, so an adapter that was trained before it "
             f"no longer fits; only {', '.join(SAME_INPUTS)} do not (or merge the adapter: give it as MODEL)"
         )
+
+
+def notes_on(adapters: Sequence[tuple[str, Path]], exporters: Sequence[Exporter]) -> tuple[str, ...]:
+    """Return what people should know of the formats that adapters are for."""
+    return tuple(
+        f"{made.name}: {made.no_adapter_runner}"
+        for made in exporters
+        if adapters and isinstance(made, AdapterExporter) and made.no_adapter_runner
+    )

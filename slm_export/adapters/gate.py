@@ -58,18 +58,24 @@ def judge_adapter(
                 subject.gates,
                 stage.advance,
             )
-            text = judge_vendor_text(
-                exporter,
-                subject.path,
-                subject.runner_tokenizer,
-                subject.tokenizer,
-                session,
-                subject.prompt,
-                file,
-            )
+            text: tuple[Check, ...] = ()
+            if exporter.no_adapter_runner is None:
+                text = (_judge_text(subject, session, file),)
         finally:
             session.close()
-    return quality, (*checks, text, held)
+    return quality, (*checks, *text, held)
+
+
+def _judge_text(subject: Subject, session: AdaptableSession, file: Path) -> Check:
+    return judge_vendor_text(
+        subject.exporter,
+        subject.path,
+        subject.runner_tokenizer,
+        subject.tokenizer,
+        session,
+        subject.prompt,
+        file,
+    )
 
 
 def judge_factors(found: Mapping[str, Factors], adapter: LowRank) -> Check:
@@ -134,7 +140,10 @@ def judge_places(
     small = miniature(checkpoint)
     factors = _by_chance(small, [name for name in places if name in small.weights])
     context = min(_CONTEXT, small.positions or _CONTEXT)
-    options = ExportOptions(context, stop_ids=(1,), bos_id=0, tokenizer=tokenizer, places=tuple(factors))
+    rank = max(each.down.shape[0] for each in factors.values())
+    options = ExportOptions(
+        context, stop_ids=(1,), bos_id=0, tokenizer=tokenizer, places=tuple(factors), rank=rank
+    )
     with TemporaryDirectory(prefix="slm-export-") as folder:
         path = Path(folder) / exporter.file(small.task)
         path.parent.mkdir(parents=True)
