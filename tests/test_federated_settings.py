@@ -75,3 +75,8 @@ def test_what_is_agreed_holds_no_path_and_changes_with_everything_else(place: Pa
     assert str(place) not in str(first.agreed())
     for more in ("number = 9", "[local]\nsteps = 9", "[aggregation]\nlargest = 9.0"):
         assert read(place, WHOLE + more).sha256 != first.sha256
+
+
+def test_another_process_reads_the_same(place: Path) -> None:
+    found = read(place, WHOLE + '\n[data]\ntexts = ["a"]\nanonymise = { how = "drop" }\n')
+    assert type(found).model_validate_json(found.model_dump_json()) == found

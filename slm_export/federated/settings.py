@@ -155,7 +155,10 @@ class Privacy(Table):
     @model_validator(mode="after")
     def _declared(self) -> Privacy:
         given = [name for name in ("epsilon", "delta") if getattr(self, name) is not None]
-        if self.unit == "none" and self.model_fields_set - {"unit"}:
+        fields = type(self).model_fields
+        if self.unit == "none" and any(
+            getattr(self, name) != field.default for name, field in fields.items()
+        ):
             raise ValueError('says how private it is but not for whom; give unit = "user" or "example"')
         if self.unit != "none" and len(given) != 2:
             raise ValueError(f'unit = "{self.unit}" needs a budget: give epsilon and delta')
