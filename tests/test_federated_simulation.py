@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
+import signal
 import subprocess
 import time
 from contextlib import suppress
@@ -18,6 +20,8 @@ pytest.importorskip("flwr")
 pytest.importorskip("ray")
 
 from safetensors.numpy import load_file
+
+from slm_export.federated.state import FILE, State, load_state
 
 SETTINGS = """
 out = "adapter"
@@ -94,6 +98,39 @@ def test_what_is_missing_is_said_before_anything_runs(
         assert missing in done.stderr
         assert "Traceback" not in done.stderr
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_server_is_gone_on_with_by_the_same_command(tmp_path: Path, tiny_llama: Path) -> None:
+    settings, cache = write(tmp_path, tiny_llama, 3, rounds=10), tmp_path / "cache"
+    env = environment({"OMP_NUM_THREADS": "1", "SLM_EXPORT_CACHE": str(cache)})
+    arguments = command("federate", "simulate", settings, "--json")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(arguments, env=env, cwd=tmp_path, start_new_session=True, **quiet) as process:
+        while process.poll() is None and (kept := stored(cache)) is None:
+            time.sleep(0.1)
+        assert process.poll() is None, "it ended before a round was stored, or after all were"
+        os.killpg(process.pid, signal.SIGKILL)
+    kept = stored(cache)
+    assert kept is not None
+    assert not (tmp_path / "adapter").exists()
+    done = subprocess.run(arguments, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["federation"]
+    assert told["rounds"]["that_changed"] == 10
+    first = told["each_round"][0]
+    assert (first["loss_before"], first["loss_after"]) == (
+        kept.rounds[0].loss_before,
+        kept.rounds[0].loss_after,
+    )
+    assert stored(cache) is None, "what is done is not kept"
+
+
+def stored(cache: Path) -> State | None:
+    """Where a federation stands, once a round of it is done."""
+    found = list((cache / "learning").glob(f"*/{FILE}"))
+    state = load_state(found[0].parent) if found else None
+    return state if state is not None and state.rounds else None
 
 
 @pytest.mark.slow
