@@ -137,10 +137,9 @@ def descend(values: Tensor, gram: Tensor, codes: Tensor, scales: Tensor, bits: i
 
 def refit(values: Tensor, gram: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """Return the scales of least cost given the codes, rounded to the grid; a row that would lose keeps its own."""
-    together = zip(
-        *(torch.split(part, _rows(values, _REFIT_VALUES)) for part in (values, codes, scales)), strict=True
-    )
-    return torch.cat([_refit_rows(*rows, gram) for rows in together])
+    rows = _rows(values, _REFIT_VALUES)
+    together = zip(values.split(rows), codes.split(rows), scales.split(rows), strict=True)
+    return torch.cat([_refit_rows(*part, gram) for part in together])
 
 
 def _refit_rows(values: Tensor, codes: Tensor, scales: Tensor, gram: Tensor) -> Tensor:
