@@ -138,8 +138,8 @@ def descend(values: Tensor, gram: Tensor, codes: Tensor, scales: Tensor, bits: i
 def refit(values: Tensor, gram: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """Return the scales of least cost given the codes, rounded to the grid; a row that would lose keeps its own."""
     rows = _rows(values, _REFIT_VALUES)
-    together = zip(values.split(rows), codes.split(rows), scales.split(rows), strict=True)
-    return torch.cat([_refit_rows(*part, gram) for part in together])
+    together = zip(*(torch.split(part, rows) for part in (values, codes, scales)), strict=True)
+    return torch.cat([_refit_rows(w, q, s, gram) for w, q, s in together])
 
 
 def _refit_rows(values: Tensor, codes: Tensor, scales: Tensor, gram: Tensor) -> Tensor:
