@@ -58,7 +58,7 @@ def serve_run(request: dict[str, Any]) -> dict[str, str]:
     inner, outer = socket.create_server(("127.0.0.1", 0)), _listening(request["host"], request["port"])
     port = inner.getsockname()[1]
     app = create_app(_lifespan(port), SuperLinkLifespan)
-    quiet = {"access_log": False, "log_config": None, "workers": 1}
+    quiet: dict[str, Any] = {"access_log": False, "log_config": None, "workers": 1}
     doors = [
         (uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, **quiet)), [inner]),
         (
