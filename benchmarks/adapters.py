@@ -58,7 +58,8 @@ def write(
     """Write a quantized model; return its bytes."""
     quantized = GroupQuantize(bits=bits, embedding_bits=8).run(checkpoint).checkpoint
     path.parent.mkdir(parents=True)
-    return maker.write(quantized, ExportOptions(CONTEXT, stop_ids=(1,), bos_id=0, **places), path).bytes
+    options = ExportOptions(CONTEXT, stop_ids=(1,), bos_id=0, tokenizer=checkpoint.folder, **places)
+    return maker.write(quantized, options, path).bytes
 
 
 def rates(session: DecoderSession) -> tuple[float, float]:
@@ -146,7 +147,7 @@ def main() -> None:
     parser.add_argument(
         "--rank", type=int, action="append", help="without ADAPTER; repeatable [default: 4, 16]"
     )
-    parser.add_argument("--format", choices=("onnx", "executorch"), default="onnx")
+    parser.add_argument("--format", choices=("onnx", "executorch", "litert"), default="onnx")
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--runs", type=int, default=7)

@@ -50,7 +50,7 @@ class ExecuTorchExporter:
     elsewhere: ClassVar[str | None] = None
     packages: ClassVar[tuple[str, ...]] = ("executorch",)
     tables: ClassVar[bool] = False
-    adapter_suffix: ClassVar[str] = ".safetensors"
+    adapter_suffix: ClassVar[str] = ".executorch.safetensors"
     no_adapter_runner: ClassVar[str | None] = (
         "ExecuTorch's stock runners call `forward` alone, without an adapter: an app turns one on with the module API"
     )
@@ -125,13 +125,14 @@ class ExecuTorchExporter:
 
     def write_adapter(self, factors: Mapping[str, Factors], base: Path, path: Path) -> None:
         """Write the inputs of ``forward_adapted`` for the program at ``base``, as safetensors."""
-        from slm_export.exporters.executorch_places import write_adapter
+        from slm_export.exporters.adapter_matrices import write_adapter
+        from slm_export.exporters.executorch_places import places_of
 
-        write_adapter(factors, base, path)
+        write_adapter(factors, places_of(base), base, path)
 
     def stored_factors(self, path: Path, base: Path) -> Mapping[str, Factors]:
         """Return what an adapter's file for the program at ``base`` adds to each weight."""
-        from slm_export.exporters.executorch_places import read_factors
+        from slm_export.exporters.adapter_matrices import read_factors
 
         return read_factors(path, base)
 
@@ -154,11 +155,12 @@ class ExecuTorchExporter:
 
 
 def _write_decoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> tuple[Signature, ...]:
+    from slm_export.exporters.adapter_matrices import Places
     from slm_export.exporters.executorch_dialect import ExecuTorchDialect
     from slm_export.exporters.executorch_gelu import with_tanh_gelu
     from slm_export.exporters.executorch_lowering import lower_decoder, to_edge, write
     from slm_export.exporters.executorch_norms import with_norms
-    from slm_export.exporters.executorch_places import ENTRY, METHOD, Places, trace_adapted
+    from slm_export.exporters.executorch_places import ENTRY, METHOD, trace_adapted
     from slm_export.graph.model import build_decoder
 
     dialect = ExecuTorchDialect(checkpoint, options.places)
@@ -181,7 +183,7 @@ def _write_decoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -
         lower_decoder(checkpoint, build, trace, constants, path)
         return (forward,)
     # Every layer is lowered, twice: what copies layers knows of one method.
-    places = Places(options.rank, {name: checkpoint.weights[name].shape for name in options.places})
+    places = Places.of(checkpoint, options.places, options.rank)
     module = build(checkpoint)
     programs = {"forward": trace(module), METHOD: trace_adapted(module, dialect.matrices, places, longest)}
     write(to_edge(programs, constants), checkpoint, path, entries={ENTRY: places.entry()})

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError
-from slm_export.exporters.executorch_places import METHOD, Places, places_of, read_adapter
+from slm_export.exporters.adapter_matrices import Places, read_adapter
+from slm_export.exporters.executorch_places import METHOD, places_of
 from slm_export.foreign import reading
 from slm_export.runtime import Session
 from slm_export.source.tasks import GENERATION

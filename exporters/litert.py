@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, ClassVar
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError, needs
 from slm_export.results import Artifact, Check, Signature, written
-from slm_export.runtime import ExportOptions, Session
+from slm_export.runtime import ExportOptions, Factors, Session
 from slm_export.source.tasks import ENDINGS, GENERATION, output_shape
 from slm_export.tokenization.tokenizer import OWN_TOKENIZER
 
@@ -54,6 +54,10 @@ class LiteRTExporter:
         "litert-lm-builder",
     )
     tables: ClassVar[bool] = False
+    adapter_suffix: ClassVar[str] = ".litert.safetensors"
+    no_adapter_runner: ClassVar[str | None] = (
+        "LiteRT-LM runs the functions without an adapter: an app turns one on with LiteRT's CompiledModel"
+    )
     dense_only: ClassVar[str | None] = (
         "XNNPACK, which computes for it, has no sparse int8 or int4 kernel "
         "(its sparse kernels are for convolutional networks of floats)"
@@ -137,6 +141,26 @@ class LiteRTExporter:
 
             return LiteRTLMTokenizer(path)
 
+    def write_adapter(self, factors: Mapping[str, Factors], base: Path, path: Path) -> None:
+        """Write the inputs of the functions with places, for the file at ``base``, as safetensors."""
+        from slm_export.exporters.adapter_matrices import write_adapter
+        from slm_export.exporters.litert_session import places_of
+
+        with needs(self.name, _PACKAGES):
+            write_adapter(factors, places_of(base), base, path)
+
+    def stored_factors(self, path: Path, base: Path) -> Mapping[str, Factors]:
+        """Return what an adapter's file for the model at ``base`` adds to each weight."""
+        from slm_export.exporters.adapter_matrices import read_factors
+
+        return read_factors(path, base)
+
+    def generate_adapted(
+        self, path: Path, tokenizer: Path, prompt: str, tokens: int, bos: int, adapter: Path
+    ) -> str:
+        """Not there: see `no_adapter_runner`."""
+        raise AssertionError(self.no_adapter_runner)
+
     def set_threads(self, count: int) -> None:
         """Let sessions that are opened from now on use ``count`` threads."""
         self._threads = count
@@ -162,22 +186,28 @@ def _quiet_logs() -> Iterator[None]:
 
 
 def _write_decoder(checkpoint: Checkpoint, options: ExportOptions, path: Path) -> tuple[Signature, ...]:
+    from slm_export.exporters.adapter_matrices import Places
     from slm_export.exporters.litert_container import write_container
     from slm_export.exporters.litert_lowering import lower_decoder
+    from slm_export.exporters.litert_session import ADAPTED
 
     lengths = [length for length in PREFILLS if length < options.context]
+    places = Places.of(checkpoint, options.places, options.rank)
     with TemporaryDirectory(prefix="slm-export-", dir=path.parent) as folder:
         model = Path(folder) / "model.tflite"
-        lower_decoder(checkpoint, options.context, lengths, model)
+        lower_decoder(checkpoint, options.context, lengths, model, places)
         write_container(model, options, path)
     vocabulary = checkpoint.config.get_text_config().vocab_size
+    matrices = {name: f"float32{list(shape)}" for name, shape in places.inputs.items()}
     return tuple(
         Signature(
-            f"prefill_{length}" if length > 1 else "decode",
+            prefix + (f"prefill_{length}" if length > 1 else "decode"),
             {"tokens": f"int32[1, {length}]", "input_pos": f"int32[{length}]"}
-            | {"mask": f"float32[1, 1, {length}, {options.context}]"},
+            | {"mask": f"float32[1, 1, {length}, {options.context}]"}
+            | (matrices if prefix else {}),
             {} if length > 1 else {"logits": f"float32[1, 1, {vocabulary}]"},
         )
+        for prefix in (("", ADAPTED) if places.shapes else ("",))
         for length in (*lengths, 1)
     )
 

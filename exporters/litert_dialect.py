@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError
+from slm_export.exporters.adapter_matrices import NO_PLACES, A, B, Places
 from slm_export.graph.dialect import AttentionShape, Position
 from slm_export.weights import Weight
 
@@ -33,6 +34,8 @@ class Call:
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         # Memory that is never touched: until a call begins, only shapes are asked for.
         self.weights: Mapping[str, Tensor] = {name: torch.empty(shape) for name, shape in shapes.items()}
+        self.adapted = False
+        """Whether the matrices of an adapter are among the inputs that are used."""
         self.start: Tensor = torch.zeros(1, dtype=torch.int32)
         self.masks: dict[int | None, Tensor] = {}
         """Additive mask (1, 1, tokens, context) by window."""
@@ -43,15 +46,19 @@ class Call:
 class LiteRTDialect:
     """Makes parts for LiteRT; `litert_graph` has imported the operators."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, places: Places = NO_PLACES) -> None:
         self._names = {id(weight): name for name, weight in checkpoint.weights.items()}
-        self.call = Call({name: weight.shape for name, weight in checkpoint.weights.items()})
+        self.places = places
+        shapes: dict[str, tuple[int, ...]] = {name: w.shape for name, w in checkpoint.weights.items()}
+        self.call = Call(shapes | places.inputs)
         self.shapes: list[AttentionShape] = []
         """Of every cached attention, in the order of the layers."""
 
     def linear(self, weight: Weight, bias: Tensor | None) -> nn.Module:
         """Return a product with a matrix that the call brings."""
-        return Linear(self.call, self._names[id(weight)], bias)
+        name = self._names[id(weight)]
+        part = Linear(self.call, name, bias)
+        return Place(self.call, part) if name in self.places.shapes else part
 
     def embedding(self, weight: Weight) -> nn.Module:
         """Return a look-up in a table that the call brings."""
@@ -76,6 +83,25 @@ class Linear(nn.Module):
         """Return the product with the matrix of the call."""
         y: Tensor = torch.ops.tfl.batch_matmul(x, self._call.weights[self.name], False, True)
         return y if self.bias is None else y + self.bias
+
+
+class Place(nn.Module):
+    """A product, and what an adapter adds to it: x (1, tokens, in) -> (1, tokens, out)."""
+
+    def __init__(self, call: Call, part: Linear) -> None:
+        super().__init__()
+        self.part, self.place = part, part.name.removesuffix(".weight")
+        self._call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the product, with the matrices of an adapter where the call brings them."""
+        y: Tensor = self.part(x)
+        if not self._call.adapted:
+            return y
+        first, second = (self._call.weights[self.place + factor] for factor in (A, B))
+        multiply = torch.ops.tfl.batch_matmul
+        added: Tensor = multiply(multiply(x, first, False, False), second, False, False)
+        return y + added
 
 
 class Embedding(nn.Module):

@@ -53,9 +53,13 @@ class DecoderCall(nn.Module):
     float32 (1, 1, vocabulary) of the last token
     """
 
-    def __init__(self, decoder: Decoder, dialect: LiteRTDialect, inputs: Inputs) -> None:
+    def __init__(
+        self, decoder: Decoder, dialect: LiteRTDialect, inputs: Inputs, *, adapted: bool = False
+    ) -> None:
+        """``adapted``: whether the matrices of an adapter are among what goes in."""
         super().__init__()
         self.decoder, self._dialect, self._inputs = decoder, dialect, inputs
+        self._adapted = adapted
 
     def forward(
         self,
@@ -68,6 +72,7 @@ class DecoderCall(nn.Module):
         """See the class."""
         call, layers = self._dialect.call, range(len(self._dialect.shapes))
         self._inputs.put(weights)
+        call.adapted = self._adapted
         call.start = input_pos[:1]
         call.masks = {None: mask}
         for window in windows(self._dialect.shapes):
@@ -113,7 +118,7 @@ class Inputs:
                 self.vectors[name] = value.detach()
                 delattr(child, key)
                 setattr(child, key, self.vectors[name])
-        self.names = (*sorted(matrices), *self.vectors)
+        self.names = (*sorted(matrices), *self.vectors, *dialect.places.inputs)
 
     def example(self) -> dict[str, Tensor]:
         """Return memory that is never touched, of the shapes of the weights."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slm_export.checkpoint import Checkpoint
+from slm_export.exporters.adapter_matrices import NO_PLACES, Places
 from slm_export.exporters.litert_dialect import LiteRTDialect
 from slm_export.exporters.litert_file import Function, Placer
 from slm_export.exporters.litert_graph import (
@@ -29,6 +30,7 @@ from slm_export.exporters.litert_graph import (
     load_operators,
 )
 from slm_export.exporters.litert_graph import check_operators as check_graph
+from slm_export.exporters.litert_session import ADAPTED
 from slm_export.exporters.litert_stamp import TRACED, Roles, stamp, without_dead
 from slm_export.graph.layers import CannotStamp, Layers, check_alike, keep_kinds, layers_of
 from slm_export.graph.model import Encoder, build_decoder, build_encoder
@@ -60,17 +62,22 @@ def check_operators(checkpoint: Checkpoint) -> None:
     check_graph(signature, inputs)
 
 
-def lower_decoder(checkpoint: Checkpoint, context: int, lengths: Sequence[int], path: Path) -> str | None:
+def lower_decoder(
+    checkpoint: Checkpoint, context: int, lengths: Sequence[int], path: Path, places: Places = NO_PLACES
+) -> str | None:
     """Write a decoder; return why every layer had to be converted, or None if three were enough.
 
     Given   lengths: tokens of the prefill functions
+            places: with any, every function is there a second time, with the matrices of an adapter as inputs
     """
     load_operators()
     try:
+        if places.shapes:
+            raise CannotStamp("there are places for adapters")
         _write_stamped(checkpoint, context, lengths, path)
     except CannotStamp as error:
-        graph = _decoder_graph(checkpoint, context, lengths, None)
-        _write(graph, checkpoint, graph.vectors, None, path)
+        graph = _decoder_graph(checkpoint, context, lengths, None, places)
+        _write(graph, checkpoint, graph.vectors, None, path, places)
         return str(error)
     return None
 
@@ -109,39 +116,55 @@ def _write_stamped(checkpoint: Checkpoint, context: int, lengths: Sequence[int],
 
 
 def _decoder_graph(
-    checkpoint: Checkpoint, context: int, lengths: Sequence[int], layers: Layers | None
+    checkpoint: Checkpoint,
+    context: int,
+    lengths: Sequence[int],
+    layers: Layers | None,
+    places: Places = NO_PLACES,
 ) -> Graph:
     """Return the graph of all layers, or of the first three of ``layers``."""
-    dialect = LiteRTDialect(checkpoint)
+    dialect = LiteRTDialect(checkpoint, places)
     decoder = build_decoder(checkpoint, dialect, context)
     if layers is not None:
         stack = cast(nn.ModuleList, decoder.get_submodule(layers.path))
         decoder.set_submodule(layers.path, stack[:TRACED])
         del dialect.shapes[TRACED:]
     inputs = Inputs(decoder.model, dialect)
-    call = DecoderCall(decoder, dialect, inputs)
+    # The first function is the one that tools look at.
+    functions = ((_DECODE, 1), *((f"prefill_{n}", n) for n in lengths))
     signatures = [
-        Signature(name, call, decoder_example(dialect, length))
-        # The first function is the one that tools look at.
-        for name, length in ((_DECODE, 1), *((f"prefill_{n}", n) for n in lengths))
+        Signature(
+            (ADAPTED if adapted else "") + name,
+            DecoderCall(decoder, dialect, inputs, adapted=adapted),
+            decoder_example(dialect, length),
+        )
+        for adapted in ((False, True) if places.shapes else (False,))
+        for name, length in functions
     ]
     return convert(signatures, inputs)
 
 
 def _write(
-    graph: Graph, checkpoint: Checkpoint, vectors: Mapping[str, Tensor], layers: Layers | None, path: Path
+    graph: Graph,
+    checkpoint: Checkpoint,
+    vectors: Mapping[str, Tensor],
+    layers: Layers | None,
+    path: Path,
+    places: Places = NO_PLACES,
 ) -> None:
-    functions = []
+    functions, matrices = [], places.inputs.keys()
     for signature in graph.model.signatureDefs:
         subgraph = graph.model.subgraphs[signature.subgraphIndex]
         name = signature.signatureKey.decode()
         inputs, outputs = _inputs(signature, graph), _roles(signature.outputs)
         if layers is not None:
             inputs, outputs = stamp(graph.model, subgraph, inputs, outputs, layers)
-        if name.startswith("prefill_"):
+        if name.removeprefix(ADAPTED).startswith("prefill_"):
             # Only the cache is wanted: the product with the vocabulary would cost as much as some layers.
             outputs = {tensor: role for tensor, role in outputs.items() if role != LOGITS}
             without_dead(subgraph, outputs)
+        used = {int(tensor) for op in subgraph.operators for tensor in op.inputs}
+        inputs = {t: role for t, role in inputs.items() if t in used or role not in matrices}
         functions.append(Function(name, signature.subgraphIndex, inputs, outputs))
     placer = Placer(graph.model, checkpoint, vectors)
     placer.place(functions)

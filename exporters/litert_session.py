@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from slm_export.errors import InputError
+from slm_export.exporters.adapter_matrices import NO_PLACES, A, B, Places, read_adapter
 from slm_export.exporters.litert_container import Container
 from slm_export.exporters.litert_dialect import MASKED
 from slm_export.foreign import reading
@@ -22,6 +23,8 @@ DECODE, PREFILL, ENCODE = "decode", "prefill_", "encode_"
 METADATA = "slm-export"
 """Name of the entry in an encoder's file that tells what the runtime does not."""
 
+ADAPTED = "adapted_"
+"""Before the names of functions with places for an adapter: LiteRT-LM would take ``prefill_...`` for one of its own."""
 _IN_MEMORY = ":memory"
 """XNNPACK's name for a cache of packed weights without a file: functions share it instead of packing anew."""
 
@@ -33,7 +36,17 @@ def open_session(path: Path, task: str, threads: int) -> Session:
             return _Encoder(_load(path, threads), path)
         container = Container.read(path)
         with container.extracted() as model:
-            return _Decoder(_load(model, threads), container)
+            return _Decoder(_load(model, threads), container, threads)
+
+
+def places_of(path: Path) -> Places:
+    """Return what a decoder has places for; none where it was written without."""
+    session = open_session(path, GENERATION, 1)
+    assert isinstance(session, _Decoder)
+    try:
+        return session.kept
+    finally:
+        session.close()
 
 
 def _load(path: Path, threads: int) -> Any:
@@ -51,9 +64,13 @@ def _load(path: Path, threads: int) -> Any:
 
 
 class _Decoder:
-    def __init__(self, model: Any, container: Container) -> None:
-        self._model = model
+    def __init__(self, model: Any, container: Container, threads: int) -> None:
+        self._model, self._threads = model, threads
         self._signatures: Mapping[str, Any] = model.get_signature_list()
+        self.kept = self._find_places()
+        self.places = frozenset(self.kept.shapes)
+        self._prefix = ""
+        self._matrices: dict[str, Any] = {}
         self._container = container
         self.stop_ids, self.bos_id = container.stop_ids, container.bos_id
         self.vocabulary: int | None = None
@@ -84,6 +101,50 @@ class _Decoder:
         self._run(DECODE, tokens[last:], start + last)
         return torch.from_numpy(self._logits.read(self._vocabulary, np.float32))
 
+    def adapt(self, adapter: Path | None) -> None:
+        """Turn an adapter file on, or with None whichever is on off; the model stays loaded.
+
+        What the cache holds was read with the adapter of that time: begin again at position 0.
+
+        Raises:
+            InputError: it is no adapter file, or not one for this model.
+        """
+        if adapter is None:
+            self._prefix = ""
+            return
+        given = read_adapter(adapter, self._container.path, self.kept)
+        for name, matrix in zip(self.kept.inputs, given, strict=True):
+            if name not in self._matrices:
+                self._matrices[name] = self._model.create_input_buffer_by_name(ADAPTED + DECODE, name)
+            self._matrices[name].write(matrix.numpy())
+        self._prefix = ADAPTED
+
+    def adapted(self, adapter: Path, tokens: Sequence[int]) -> Tensor:
+        """Return the logits after some tokens, of the model loaded anew."""
+        session = open_session(self._container.path, GENERATION, self._threads)
+        assert isinstance(session, _Decoder)
+        try:
+            session.adapt(adapter)
+            return session.logits(tokens, 0)
+        finally:
+            session.close()
+
+    def _find_places(self) -> Places:
+        function = ADAPTED + DECODE
+        if function not in self._signatures:
+            return NO_PLACES
+        details = self._model.get_input_tensor_details(function)
+        shapes = {
+            f"{name.removesuffix(A)}.weight": (
+                int(details[name.removesuffix(A) + B]["shape"][-1]),
+                int(found["shape"][1]),
+            )
+            for name, found in details.items()
+            if name.endswith(A)
+        }
+        (rank,) = {int(found["shape"][-1]) for name, found in details.items() if name.endswith(A)}
+        return Places(rank, shapes)
+
     def metadata(self) -> Mapping[str, Any]:
         """Return LiteRT-LM's own metadata, and the functions of the file."""
         metadata = self._container.metadata
@@ -98,6 +159,7 @@ class _Decoder:
         """Let go of the file and of its memory; the runtime says good-bye in the log, so it is done here."""
         self._caches.clear()
         self._inputs.clear()
+        self._matrices.clear()
         self._model.close()
         del self._logits, self._model
 
@@ -116,13 +178,14 @@ class _Decoder:
         return count
 
     def _run(self, function: str, tokens: Sequence[int], start: int) -> None:
-        if function not in self._inputs:
-            self._inputs[function] = {
-                name: self._model.create_input_buffer_by_name(function, name)
-                for name in self._signatures[function]["inputs"]
-                if name not in self._caches
+        name = self._prefix + function
+        wanted = self._signatures[name]["inputs"]
+        if name not in self._inputs:
+            self._inputs[name] = {
+                each: self._model.create_input_buffer_by_name(name, each)
+                for each in wanted
+                if each not in self._caches and each not in self._matrices
             }
-        inputs = self._inputs[function]
         length = 1 if function == DECODE else int(function.removeprefix(PREFILL))
         positions = np.arange(start, start + length, dtype=np.int32)
         values = {
@@ -132,10 +195,12 @@ class _Decoder:
                 np.arange(self.context) <= positions[:, None], np.float32(0), np.float32(MASKED)
             ),
         }
-        for name, buffer in inputs.items():
-            buffer.write(values[name])
+        inputs = self._inputs[name]
+        for each, buffer in inputs.items():
+            buffer.write(values[each])
+        matrices = {each: self._matrices[each] for each in wanted if each in self._matrices}
         outputs = {**self._caches, **({"logits": self._logits} if function == DECODE else {})}
-        self._model.run_by_name(function, {**inputs, **self._caches}, outputs)
+        self._model.run_by_name(name, {**inputs, **matrices, **self._caches}, outputs)
 
 
 class _Encoder:

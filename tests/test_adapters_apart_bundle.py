@@ -227,9 +227,10 @@ def test_several_formats_are_judged_with_it_on(
     out, text = tmp_path / "made", tmp_path / "text.txt"
     text.write_text("def read(path):\n    with open(path) as file:\n        return file.read()\n\n" * 12)
     done = quick_cli(
-        tiny_llama, "--target", "host", "--format", "onnx", "--format", "executorch", "--bits", "8", "--context", "64",
-        "--eval-text", text, "--no-bench", "--adapter", f"first={folders['first']}", "--adapter",
-        f"third={folders['third']}", "--out", out, "--json", cwd=tmp_path,
+        tiny_llama, "--target", "host", "--format", "onnx", "--format", "executorch", "--format", "litert",
+        "--bits", "8", "--context", "64", "--eval-text", text, "--no-bench",
+        "--adapter", f"first={folders['first']}", "--adapter", f"third={folders['third']}",
+        "--out", out, "--json", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -241,13 +242,16 @@ def test_several_formats_are_judged_with_it_on(
         assert wanted | {"adapters_switch", "adapters_load", "exact_adapters"} <= checks
         assert [each["name"] for each in made["adapters"]] == ["first", "third"]
         assert all(each["quality"]["tokens"] > 100 for each in made["adapters"])
-    assert any("stock runners call `forward` alone" in note for note in report["notes"])
+    told = "\n".join(report["notes"])
+    assert "stock runners call `forward` alone" in told
+    assert "LiteRT-LM runs the functions without an adapter" in told
     listed = {(each["name"], each["format"]): each["path"] for each in manifest_of(out)["adapters"]}
-    assert listed["third", "executorch"] == "adapters/third.safetensors"
+    assert listed["third", "executorch"] == "adapters/third.executorch.safetensors"
+    assert listed["first", "litert"] == "adapters/first.litert.safetensors"
     asked = ("run", out, "--prompt", PROMPT, "--max-tokens", "24", "--no-stream", "--no-chat-template")
     texts = {
         quick_cli(*asked, "--format", format, "--adapter", "first", cwd=tmp_path).stdout
-        for format in ("onnx", "executorch")
+        for format in ("onnx", "executorch", "litert")
     }
     assert len(texts) == 1
     done = quick_cli("verify", out, "--source", tiny_llama, "--eval-text", text, "--adapter",

@@ -12,7 +12,6 @@ from slm_export.source.adapters import check_adapter
 SAME_INPUTS = ("group-quantize", "gptq", "learned-rounding")
 """Passes that leave a matrix the inputs that it had; what an adapter learned holds for no others."""
 _CANNOT: Mapping[str, str] = {
-    "litert": "LiteRT-LM takes those of the four projections of attention alone, and this is not written here yet",
     "coreml": "what runs packages gives them tokens and a mask, and functions of one package cannot be added to",
 }
 

@@ -140,7 +140,8 @@ def _layers(folder: Path, config: Any, base: Checkpoint) -> dict[str, Any]:
             raise InputError(f"{folder}: does not belong to {base.folder}: {reason}") from error
         wanted = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     found = {}
-    for path, layer in adapted.base_model.model.named_modules():
+    inside: Any = adapted.base_model.model
+    for path, layer in inside.named_modules():
         if isinstance(layer, LoraLayer):
             if type(layer) is not Linear or getattr(layer, "lora_variant", None):
                 raise InputError(

@@ -64,7 +64,8 @@ def add_adapters(
         assert references is not None
         adapters = read_adapters(asked, references.source, manifest.model.source_sha256, progress)
         _link(folder, staging.path)
-        results, checks = [], []
+        results: list[AdapterEntry] = []
+        checks: list[Check] = []
         for entry in apart:
             subject = subject_of(staging.path, manifest, entry, documents, references)
             _refuse_without_places(entry, subject.path, manifest.model.task, adapters)
