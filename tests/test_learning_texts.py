@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from slm_export.errors import InputError
-from slm_export.learning.texts import RUN, Document, overlap, read_texts, runs_of, split
+from slm_export.learning.held_out import RUN, overlap, runs_of, split
+from slm_export.learning.texts import Document, read_texts
 
 WORDS = [f"word{number}" for number in range(10_000)]
 

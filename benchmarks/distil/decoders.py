@@ -34,13 +34,14 @@ from slm_export.learning.distil_decoder import decoder_loss  # noqa: E402
 from slm_export.learning.distil_settings import Grid  # noqa: E402
 from slm_export.learning.evaluation import documents_of, log_perplexities  # noqa: E402
 from slm_export.learning.grid import OnGrid, put_on_grid, stored_as  # noqa: E402
+from slm_export.learning.held_out import overlap  # noqa: E402
 from slm_export.learning.measures import Interval, mean  # noqa: E402
 from slm_export.learning.models import Model, load, save  # noqa: E402
 from slm_export.learning.places import place  # noqa: E402
 from slm_export.learning.settings import Training  # noqa: E402
 from slm_export.learning.shapes import parse_shape, shrink  # noqa: E402
 from slm_export.learning.teachers import LiveTeacher  # noqa: E402
-from slm_export.learning.texts import Document, overlap, read_texts  # noqa: E402
+from slm_export.learning.texts import Document, read_texts  # noqa: E402
 from slm_export.learning.trainer import Curve, train  # noqa: E402
 from slm_export.learning.windows import windows  # noqa: E402
 from slm_export.optimizers.group_quantize import quantize  # noqa: E402

@@ -42,8 +42,9 @@ from slm_export.federated.partition import Parts, dirichlet
 from slm_export.federated.settings import Local, Model, Privacy
 from slm_export.federated.updates import Tensors
 from slm_export.learning.evaluation import log_perplexities
+from slm_export.learning.held_out import split
 from slm_export.learning.measures import Interval, mean
-from slm_export.learning.texts import Document, Texts, split
+from slm_export.learning.texts import Document, Texts
 from slm_export.learning.windows import windows
 
 ROOT = Path(__file__).resolve().parents[2]

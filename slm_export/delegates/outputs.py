@@ -54,7 +54,7 @@ def deliver(output: Output, trigger: Trigger, place: str) -> None:
 
 @contextmanager
 def shown(wanted: bool) -> Iterator[Callable[[str], None]]:
-    """Yield what writes pieces of an answer to standard output, which is its own until its end; or what writes nothing."""
+    """Yield what writes pieces of an answer to standard output, which is its own until its end; or nothing."""
     if not wanted:
         yield lambda _: None
         return

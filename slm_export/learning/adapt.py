@@ -18,6 +18,7 @@ from slm_export.learning import finishing, heads
 from slm_export.learning.adapt_settings import AdaptSettings
 from slm_export.learning.chats import text_of_messages, whole_text
 from slm_export.learning.examples import Labelled, read_labelled
+from slm_export.learning.held_out import Split, split
 from slm_export.learning.measures import Interval
 from slm_export.learning.models import Model, load, save
 from slm_export.learning.objectives import Objective
@@ -26,7 +27,7 @@ from slm_export.learning.places import Place, place
 from slm_export.learning.processes import world
 from slm_export.learning.self_supervised import Causal, Masked
 from slm_export.learning.supervised import Classify, Embed, Generate, Tag
-from slm_export.learning.texts import Split, Texts, read_texts, split
+from slm_export.learning.texts import Texts, read_texts
 from slm_export.learning.trainer import Curve
 from slm_export.learning.updating import refuse_adapters_on_a_grid, settle, update
 from slm_export.progress import Progress

@@ -26,12 +26,13 @@ from slm_export.learning.distil_encoder import EncoderLesson, refuse_unlike_widt
 from slm_export.learning.distil_settings import DistilSettings
 from slm_export.learning.fitting import shape_within
 from slm_export.learning.grid import OnGrid, put_on_grid, stored_as
+from slm_export.learning.held_out import Split, split
 from slm_export.learning.models import Model, load, save
 from slm_export.learning.outcome import Outcome, Row, write_outcome
 from slm_export.learning.places import Place, place
 from slm_export.learning.processes import rank, wait_for_all, world
 from slm_export.learning.shapes import shrink
-from slm_export.learning.texts import Document, Split, Texts, read_texts, split
+from slm_export.learning.texts import Document, Texts, read_texts
 from slm_export.learning.trainer import Curve, Example, Loss, Measure, Watcher, train
 from slm_export.progress import Progress
 from slm_export.source.hub import find_model

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from slm_export.errors import InputError
 from slm_export.learning.distil_settings import DistilSettings
 from slm_export.learning.evaluation import divergence, perplexity
+from slm_export.learning.held_out import Split
 from slm_export.learning.measures import Interval
 from slm_export.learning.models import Model
 from slm_export.learning.places import place
 from slm_export.learning.policies import OnPolicy
 from slm_export.learning.teachers import LiveTeacher, Teacher, examples_sha256, numbered, write_down
-from slm_export.learning.texts import Split
 from slm_export.learning.trainer import (
     IGNORED,
     Batch,

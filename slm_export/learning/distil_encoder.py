@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from slm_export.errors import InputError
 from slm_export.learning.distil_settings import DistilSettings, EncoderLosses
 from slm_export.learning.evaluation import batches, documents_of, embeddings, likeness
+from slm_export.learning.held_out import Split
 from slm_export.learning.measures import Interval, mean
 from slm_export.learning.models import Model
-from slm_export.learning.texts import Split
 from slm_export.learning.trainer import Batch, Example, Loss, Measure, Watcher
 from slm_export.learning.windows import sentences, spread
 from slm_export.source.tasks import ANSWERING, EMBEDDING, FILLING, TOKENS, scores

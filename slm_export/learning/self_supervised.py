@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from slm_export.errors import InputError
 from slm_export.learning.evaluation import batches, documents_of, perplexity
 from slm_export.learning.heads import with_head
+from slm_export.learning.held_out import Split
 from slm_export.learning.measures import Interval, mean
 from slm_export.learning.models import Model
-from slm_export.learning.texts import Split
 from slm_export.learning.trainer import IGNORED, Batch, Example, Loss, causal_loss
 from slm_export.learning.windows import sentences, windows
 from slm_export.source.tasks import FILLING
