@@ -52,6 +52,16 @@ def test_counts_are_sums_over_the_rounds_and_nobody_is_named(tmp_path: Path) -> 
     assert str(tmp_path) not in json.dumps(made)
 
 
+def test_how_many_were_drawn_is_told_where_it_is_no_secret_alone(tmp_path: Path) -> None:
+    ledger = Ledger().plus(2.0, 0.5, 2).recorded()
+    names = ("updates", "refused", "each_round")
+    drawn = told(federation(tmp_path, privacy=USER, rounds={"fraction": 0.5}), noise=2.0, ledger=ledger)
+    assert [drawn[name] for name in names] == [None, None, None]
+    assert drawn["rounds"]["done"] == 2
+    all_of_them = told(federation(tmp_path, privacy=USER), noise=2.0, ledger=ledger)
+    assert None not in [all_of_them[name] for name in names]
+
+
 def test_without_privacy_nothing_is_claimed(tmp_path: Path) -> None:
     made = told(federation(tmp_path))
     assert made["privacy"] == {"unit": "none"}

@@ -59,7 +59,6 @@ def write_result(base: Base, base_sha256: str, federation: Federation, state: St
 def manifest_of(name: str, sha256: str, federation: Federation, state: State) -> dict[str, Any]:
     """Return what ``federation.json`` says, as JSON values."""
     rounds = state.rounds
-    reasons = sorted({reason for done in rounds for reason in done.refused})
     return {
         "base": {"name": name, "source_sha256": sha256},
         "began_with": _began_with(federation),
@@ -73,12 +72,27 @@ def manifest_of(name: str, sha256: str, federation: Federation, state: State) ->
             "that_changed": sum(done.changed for done in rounds),
             "stopped": state.stopped,
         },
-        "updates": {"drawn": sum(done.drawn for done in rounds), "good": sum(done.good for done in rounds)},
-        "refused": {reason: sum(done.refused.get(reason, 0) for done in rounds) for reason in reasons},
+        **_counts(federation, state),
         "aggregation": federation.aggregation.model_dump(mode="json"),
         "privacy": privacy_of(federation, state),
-        "each_round": [_shown(done) for done in rounds],
         "toolchain": {"slm-export": __version__} | {tool: version(tool) for tool in _TOOLS},
+    }
+
+
+def _counts(federation: Federation, state: State) -> dict[str, Any]:
+    """Return how many took part.
+
+    None of it where clients are drawn with user-level privacy: what the accountant counts holds while nobody knows how
+    many were drawn, because of a known number each is there with another probability.
+    """
+    if federation.privacy.unit == "user" and federation.rounds.fraction < 1:
+        return {"updates": None, "refused": None, "each_round": None}
+    rounds = state.rounds
+    reasons = sorted({reason for done in rounds for reason in done.refused})
+    return {
+        "updates": {"drawn": sum(done.drawn for done in rounds), "good": sum(done.good for done in rounds)},
+        "refused": {reason: sum(done.refused.get(reason, 0) for done in rounds) for reason in reasons},
+        "each_round": [_shown(done) for done in rounds],
     }
 
 
