@@ -104,6 +104,8 @@ class Rounds(Table):
     """Share that takes part in a round; with ``privacy.unit = "user"`` the probability of each one, by itself."""
     minimum: int = Field(default=2, ge=1)
     """Good updates that a round needs; with fewer it changes nothing."""
+    available: int | None = Field(default=None, ge=1)
+    """Clients that a round waits for before it draws, up to ``deadline_s``; None: ``minimum``."""
     deadline_s: float = Field(default=600.0, ge=1)
     """Who answers later is left out of the round."""
     failures: int = Field(default=3, ge=0)

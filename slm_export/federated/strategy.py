@@ -168,7 +168,8 @@ class Screening(Strategy):  # type: ignore[misc]  # Flower is not checked
         """Wait until enough clients are there, and no longer than a round may take."""
         rounds = self._federation.rounds
         until = time.monotonic() + rounds.deadline_s
-        while len(there := sorted(grid.get_node_ids())) < rounds.minimum and time.monotonic() < until:
+        wanted = rounds.available or rounds.minimum
+        while len(there := sorted(grid.get_node_ids())) < wanted and time.monotonic() < until:
             time.sleep(_LOOK_S)
         if len(there) > rounds.clients:
             raise InputError(
