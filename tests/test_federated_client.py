@@ -182,14 +182,14 @@ def test_a_client_counts_its_own_budget_and_stops_within_it(
     """Also where the process ends in between: what was spent lies on the disk before anything leaves."""
     privacy = {
         "unit": "example",
-        "epsilon": 1.5,
+        "epsilon": 0.75,
         "delta": 1e-2,
         "clip": 0.5,
         "noise": 1.0,
         "accountant": "rdp",
     }
     made = settings(tmp_path, tiny_llama, texts, privacy=privacy)
-    budget, spent = Budget(1.5, 1e-2, "rdp"), [0.0]
+    budget, spent = Budget(0.75, 1e-2, "rdp"), [0.0]
     for number in range(1, 100):
         reply = told(made, tmp_path / "state", asked(made, begun, number))
         ledger = Ledger.of(json.loads((tmp_path / "state" / LEDGER).read_text()))
