@@ -13,6 +13,7 @@ pytest.importorskip("flwr")
 
 from federating import SHAPES, Client, Grid, begun, federation, honest, reply_to, update
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
 from slm_export.errors import GateError, InputError, MachineError
@@ -181,6 +182,16 @@ def test_an_answer_of_somebody_who_was_not_asked_is_refused(tmp_path: Path) -> N
     state = run(tmp_path, {1: honest(1.0), 2: for_another})
     assert state.rounds[0].refused == {"foreign": 1}
     assert values(state) == dict.fromkeys(SHAPES, 1.0)
+
+
+def test_flowers_word_that_a_client_is_gone_is_silence(tmp_path: Path) -> None:
+    def gone(message: Message) -> Message:
+        message.metadata.__dict__["_dst_node_id"] = SUPERLINK_NODE_ID
+        return Message(Error(5, "node unavailable"), reply_to=message)
+
+    state = run(tmp_path, {2: honest(1.0), 3: honest(3.0), 4: gone})
+    assert (state.rounds[0].good, state.rounds[0].refused) == (2, {"silent": 1})
+    assert [name for name, _, _ in state.rounds[0].named] == [4]
 
 
 def test_one_client_cannot_outweigh_the_rest_by_its_number_of_examples(tmp_path: Path) -> None:

@@ -107,11 +107,15 @@ def screen(replies: Iterable[Message], sent: Sent) -> Screened:
 
     Given   replies: in the order in which they came; of two by the same client the second is a replay
     """
+    from flwr.common.constant import SUPERLINK_NODE_ID
+
     good: dict[int, Update] = {}
     refused: list[Refused] = []
     answered: set[int] = set()
     for reply in replies:
         client = reply.metadata.src_node_id
+        if client == SUPERLINK_NODE_ID and reply.has_error():
+            continue  # Flower's own word that a client is gone: it stays silent, as counted below
         try:
             update = _read(reply, client, sent, client in answered)
             good[client] = update
