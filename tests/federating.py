@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
+import socket
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,3 +89,12 @@ def federation(folder: Path, **tables: Any) -> Federation:
     return Federation.model_validate(
         {"out": str(folder / "out"), "model": {"base": str(folder)}, "rounds": rounds, **tables}
     )
+
+
+def free_port() -> int:
+    """A port below those that the system gives to whoever asks for any: nobody takes it until it is listened at."""
+    chance = random.SystemRandom()
+    while True:
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", port := chance.randrange(20_000, 30_000)))
+            return port

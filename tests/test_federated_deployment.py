@@ -11,7 +11,6 @@ import ipaddress
 import json
 import os
 import signal
-import socket
 import ssl
 import subprocess
 import time
@@ -36,6 +35,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
+from federating import free_port
 from test_federated_simulation import changed
 
 from slm_export.federated.flower import programs
@@ -147,9 +147,7 @@ class Place:
         self.folder = folder
         certificates(folder / "tls")
         (folder / "keys").mkdir()
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            self.port = taken.getsockname()[1]
+        self.port = free_port()
         self._common = {"base": base, "available": available, "deadline_s": deadline_s}
         self._write(
             "server",
@@ -201,6 +199,7 @@ class Place:
             yield process
         finally:
             kill(process)
+            print(f"--- {name}, exit code {process.returncode}\n{self.log(name)[-3000:]}")
 
     def log(self, name: str) -> str:
         return (self.folder / name / "log").read_text(errors="replace")

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -18,6 +17,7 @@ from conftest import ROOT, environment
 pytest.importorskip("flwr")
 pytest.importorskip("ray")
 
+from federating import free_port
 from test_federated_simulation import changed
 
 from slm_export.federated.settings import Federation
@@ -80,10 +80,7 @@ def test_from_a_shipped_bundle_to_a_delegate_that_has_learned(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_server_and_clients(tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    done = typed(walk("deployment").replace("9092", str(port)), tmp_path)
+    done = typed(walk("deployment").replace("9092", str(free_port())), tmp_path)
     assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "adapter" / "federation.json").read_text())["federation"]
     assert told["rounds"]["that_changed"] == 1
