@@ -29,7 +29,8 @@ sys.path.insert(0, str(HOSTILE))
 
 from batch import outcomes  # noqa: E402
 from mutations import spoil  # noqa: E402
-from readers import READERS, make_good  # noqa: E402
+from good_files import make_good  # noqa: E402
+from readers import READERS  # noqa: E402
 
 CHEAP, DEAR, VENDOR = 8000, 1000, 300
 """Inputs of a reader that takes milliseconds, of another, and of one that opens a runtime."""

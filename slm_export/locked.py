@@ -26,7 +26,7 @@ from slm_export.errors import GateError, InputError
 from slm_export.progress import Progress
 from slm_export.recipe import Recipe, options_of
 from slm_export.results import Artifact
-from slm_export.source.adapters import adapter_sha256
+from slm_export.source.adapter_files import adapter_sha256
 
 
 def inputs_of(plan: Plan, recipe: Recipe, toolchain: Mapping[str, str], source: Source) -> Inputs:

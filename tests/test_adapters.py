@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from slm_export.errors import InputError
 from slm_export.graph.model import build_reference
-from slm_export.source.adapters import CONFIG, MERGED, merged_from
+from slm_export.source.adapter_files import CONFIG
+from slm_export.source.adapters import MERGED, merged_from
 from slm_export.source.hub import find_model, find_shapes
 from slm_export.source.load import load_checkpoint
 
@@ -165,7 +166,21 @@ def no_numbers(folder: Path) -> None:
         ),
         (lambda folder: rename(folder, base_model_name_or_path=str(folder)), "is an adapter too"),
         (lambda folder: rename(folder, task_type="SEQ_CLS"), "is one for SEQ_CLS, but its base is a Llama"),
-        (lambda folder: rename(folder, peft_type="NONSENSE"), "peft rejects it"),
+        (lambda folder: rename(folder, peft_type="NONSENSE"), "knows no .NONSENSE"),
+        (
+            lambda folder: rename(folder, megatron_config={}, megatron_core="antigravity"),
+            "megatron_config: Input should be None",
+        ),
+        (lambda folder: rename(folder, r=10**9), "a rank of 1000000000, and no tensor"),
+        (
+            lambda folder: rename(folder, rank_pattern={"q_proj": 10**9}),
+            "a rank of 1000000000, and no tensor",
+        ),
+        (lambda folder: rename(folder, r="8"), "r: Input should be a valid integer"),
+        (lambda folder: rename(folder, lora_alpha=[1]), "lora_alpha: Input should be a valid number"),
+        (lambda folder: rename(folder, layer_replication=[[0, 10**9]]), "1000000000 layers, of at most"),
+        (lambda folder: rename(folder, twist=3), "knows no 'twist' of LORA, and would leave it out"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"cut"), "truncated or corrupt"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
         (lambda folder: (folder / "config.json").write_text("{}"), "holds a model .* and an adapter"),
     ],

@@ -20,12 +20,13 @@ from torch import Tensor
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError
 from slm_export.runtime import Factors
-from slm_export.source.adapters import (
-    WEIGHTS,
+from slm_export.source.adapter_files import (
     adapter_sha256,
     peft_config,
+    read_tensors,
     refuse_another_task,
     refuse_lost,
+    rejected,
 )
 from slm_export.source.load import architecture_of
 from slm_export.source.provenance import source_sha256
@@ -42,6 +43,8 @@ _MORE_THAN_FACTORS = {
     "use_bdlora": "its factors are in blocks (BD-LoRA)",
 }
 """Options of peft that need more than two factors at run time -> what that is."""
+_LEAVE_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
+"""Beginnings of an adapter that do not take something from the base's own matrices, as PiSSA and its like do."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,11 @@ def _refuse_more_than_factors(folder: Path, config: Any) -> None:
     for option, what in _MORE_THAN_FACTORS.items():
         if getattr(config, option, None):
             raise InputError(f"{folder}: {what}, and cannot be kept apart; merge it: give it as MODEL")
+    if config.init_lora_weights not in _LEAVE_THE_BASE:
+        raise InputError(
+            f"{folder}: it began by changing the base's own matrices (init_lora_weights: {config.init_lora_weights}), "
+            "and cannot be kept apart; merge it: give it as MODEL"
+        )
     if config.bias != "none":
         raise InputError(
             f"{folder}: it has biases of its own (bias), and cannot be kept apart; give it as MODEL"
@@ -125,19 +133,15 @@ def _layers(folder: Path, config: Any, base: Checkpoint) -> dict[str, Any]:
     """Return weight -> peft's layer, with the adapter's tensors in it and without the base's."""
     import peft
     from peft.tuners.lora import Linear, LoraLayer
-    from safetensors.torch import load_file
 
-    tensors = load_file(folder / WEIGHTS)
+    tensors = read_tensors(folder)
     module = architecture_of(base).empty_module()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
+        with rejected(f"{folder}: does not belong to {base.folder}"):
             adapted = peft.PeftModel.from_pretrained(
                 module, str(folder), config=config, low_cpu_mem_usage=True
             )
-        except (ValueError, RuntimeError) as error:
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-            raise InputError(f"{folder}: does not belong to {base.folder}: {reason}") from error
         wanted = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     found = {}
     inside: Any = adapted.base_model.model

@@ -16,7 +16,7 @@ import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,25 +25,25 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slm_export import __version__
 from slm_export.bundles.checksums import sha256_file
-from slm_export.errors import InputError, MissingComponentError
+from slm_export.errors import InputError
 from slm_export.jsonfile import read_object
 from slm_export.machine import machine_errors
+from slm_export.source.adapter_files import (
+    CONFIG,
+    adapter_sha256,
+    peft_config,
+    read_tensors,
+    refuse_another_task,
+    refuse_lost,
+    rejected,
+)
 
-CONFIG = "adapter_config.json"
 MERGED = "merged_adapter.json"
 """In a merged folder: what it was made of."""
-WEIGHTS = "adapter_model.safetensors"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Of an adapter that stays apart: it becomes a file's."""
 _SHARD = "2GB"
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
-_KINDS = {
-    "CAUSAL_LM": "CausalLM",
-    "SEQ_CLS": "SequenceClassification",
-    "TOKEN_CLS": "TokenClassification",
-    "QUESTION_ANS": "QuestionAnswering",
-}
-"""peft's word for a task -> how the transformers class that was adapted ends."""
 
 
 class MergedFrom(BaseModel):
@@ -171,44 +171,6 @@ def merged_from(folder: Path) -> MergedFrom | None:
         raise InputError(f"{path}: {error.errors()[0]['msg']}") from error
 
 
-def adapter_sha256(folder: Path) -> str:
-    """Return the hash of an adapter: of its configuration and its weights.
-
-    Raises:
-        InputError: it has no weights.
-    """
-    if not (folder / WEIGHTS).is_file():
-        raise InputError(f"{folder}: no {WEIGHTS}; save the adapter with peft's save_pretrained")
-    return hashlib.sha256(
-        f"{sha256_file(folder / CONFIG)} {sha256_file(folder / WEIGHTS)}".encode()
-    ).hexdigest()
-
-
-def peft_config(folder: Path) -> Any:
-    """Return what peft reads of an adapter's configuration.
-
-    Raises:
-        InputError: peft rejects it, or it puts tokens before the text.
-        MissingComponentError: peft is not installed.
-    """
-    try:
-        import peft
-    except ImportError as error:
-        raise MissingComponentError(
-            f"{folder}: an adapter needs peft, which cannot be imported ({error}); pip install 'slm-export[learning]'"
-        ) from error
-    try:
-        config = peft.PeftConfig.from_pretrained(str(folder))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder / CONFIG}: peft rejects it: {error}") from error
-    if config.is_prompt_learning:
-        raise InputError(
-            f"{folder}: {config.peft_type.value} puts learned tokens before the text, "
-            "which cannot be merged into weights"
-        )
-    return config
-
-
 def _key(adapter: str, folder: Path, base: Path) -> str:
     """Return a name for what comes out; of the base, whose bytes are many, sizes and times stand for the content."""
     own = [[f.name, sha256_file(f)] for f in _beside(folder)]
@@ -254,44 +216,28 @@ def _beside(folder: Path) -> list[Path]:
 def _merge(folder: Path, base: Path, config: Any, out: Path) -> None:
     import peft
     import torch
-    from safetensors.torch import load_file
 
     from slm_export.source.architecture import read_architecture
 
     architecture = read_architecture(base)
     refuse_another_task(folder, config, architecture.name)
-    tensors = load_file(folder / WEIGHTS)
+    tensors = read_tensors(folder)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         module = architecture.cls.from_pretrained(
             base, config=architecture.config, dtype="auto", local_files_only=True, use_safetensors=True
         )
         _resize(module, tensors)
-        try:
+        with rejected(f"{folder}: does not belong to {base}"):
             adapted = peft.PeftModel.from_pretrained(module, str(folder), config=config)
-        except (ValueError, RuntimeError) as error:
-            raise InputError(f"{folder}: does not belong to {base}: {_first_line(error)}") from error
         # A whole embedding is there if whoever saved the adapter thought that it may have grown, or not.
         wanted, possible = (
             peft.get_peft_model_state_dict(adapted, save_embedding_layers=whole) for whole in (False, True)
         )
         refuse_lost(folder, base, tensors.keys() - possible.keys(), wanted.keys() - tensors.keys())
-        try:
+        with rejected(f"{folder}: cannot be merged"):
             whole = adapted.merge_and_unload(safe_merge=True)
-        except ValueError as error:
-            raise InputError(f"{folder}: cannot be merged: {_first_line(error)}") from error
         whole.save_pretrained(out, max_shard_size=_SHARD)
-
-
-def refuse_another_task(folder: Path, config: Any, cls: str) -> None:
-    """Raise InputError where an adapter is for another task than a class of models."""
-    kind = getattr(config.task_type, "value", config.task_type)
-    ending = _KINDS.get(str(kind))
-    if ending and not cls.endswith(ending) and not (ending == "CausalLM" and cls.endswith("LMHeadModel")):
-        raise InputError(
-            f"{folder / CONFIG}: the adapter is one for {kind}, but its base is a {cls}; merge it where it was trained "
-            "(merge_and_unload, save_pretrained), and give the merged folder"
-        )
 
 
 def _resize(module: Any, tensors: Mapping[str, Any]) -> None:
@@ -301,17 +247,3 @@ def _resize(module: Any, tensors: Mapping[str, Any]) -> None:
             if tensor.shape[0] != module.get_input_embeddings().weight.shape[0]:
                 module.resize_token_embeddings(tensor.shape[0])
             return
-
-
-def refuse_lost(folder: Path, base: Path, lost: Set[str], missing: Set[str]) -> None:
-    """Raise InputError where tensors of an adapter have no place in its base, or some are not there."""
-    if lost or missing:
-        what = f"{min(lost)} has no place in it" if lost else f"{min(missing)} is not in {WEIGHTS}"
-        raise InputError(
-            f"{folder}: does not belong to {base}: {what} ({len(lost) + len(missing)} tensors in all); "
-            f"name the model that it was trained on in {CONFIG}"
-        )
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
