@@ -123,20 +123,14 @@ class _Asked:
 class _Workflow(of_server.SecAggPlusWorkflow):  # type: ignore[misc]  # Flower is not checked
     """Whoever leaves before its masks are in any vector is no part of the round: there is nothing to take off."""
 
-    def setup_stage(self, grid: Any, context: Any, state: Any) -> bool:
-        """Collect the public keys."""
-        return bool(super().setup_stage(grid, context, state)) and _of_those_left(state)
-
     def share_keys_stage(self, grid: Any, context: Any, state: Any) -> bool:
         """Hand on what the clients tell each other."""
-        return bool(super().share_keys_stage(grid, context, state)) and _of_those_left(state)
-
-
-def _of_those_left(state: Any) -> bool:
-    left = set(state.active_node_ids)
-    state.sampled_node_ids = left
-    state.nid_to_neighbours = {client: state.nid_to_neighbours[client] & left for client in left}
-    return True
+        if not super().share_keys_stage(grid, context, state):
+            return False
+        left = set(state.active_node_ids)
+        state.sampled_node_ids = left
+        state.nid_to_neighbours = {client: state.nid_to_neighbours[client] & left for client in left}
+        return True
 
 
 def collect(
