@@ -312,18 +312,25 @@ def change(folder: Path, **values: Any) -> None:
     ("options", "words"),
     [
         ({"use_dora": True}, r"magnitudes of its own \(DoRA\).*give it as MODEL"),
-        ({"init_lora_weights": "pissa"}, r"changing the base's own matrices.*give it as MODEL"),
         ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, "whole modules"),
         ({"bias": "all"}, "biases of its own"),
         ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
     ],
-    ids=["dora", "pissa", "whole modules", "biases", "embedding"],
+    ids=["dora", "whole modules", "biases", "embedding"],
 )
 def test_what_needs_more_than_two_factors_is_refused(
     tiny_llama: Path, tmp_path: Path, options: dict[str, Any], words: str
 ) -> None:
     folder = adapter_of(tiny_llama, tmp_path / "mine", **options)
     with pytest.raises(InputError, match=words):
+        read("mine", folder, tiny_llama)
+
+
+def test_what_took_something_from_its_base_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    # PiSSA's base is what is left of the matrices, and not the one that ships.
+    folder = adapter_of(tiny_llama, tmp_path / "mine")
+    change(folder, init_lora_weights="pissa")
+    with pytest.raises(InputError, match=r"changing the base's own matrices.*give it as MODEL"):
         read("mine", folder, tiny_llama)
 
 
