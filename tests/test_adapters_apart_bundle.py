@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from forked import Forked
+from starlette.testclient import TestClient
 from test_adapters_apart import adapter_of
 
 from slm_export.bundles.checksums import sha256_file
@@ -171,6 +172,7 @@ def test_one_is_added_judged_and_removed(
         key: before[key] for key in before if key not in ("adapters", "files")
     }
     assert sha256_file(bundle / "onnx/model.onnx") == model
+    assert '"adapters/third.onnx_adapter"' in (bundle / "sbom.cdx.json").read_text()
     assert text_of(bundle, "third") != text_of(bundle, "second")
     again = quick_cli("adapter", "add", bundle, third, "--source", tiny_llama, cwd=bundle.parent)
     assert again.returncode == 2
@@ -209,13 +211,25 @@ def test_another_source_is_refused(
 
 
 def test_a_served_bundle_has_a_name_for_each(exported: Path) -> None:
-    from slm_export.serving.endpoints import Endpoints
     from slm_export.serving.engine import Engine
+    from slm_export.serving.server import make_app
 
     engine = Engine(lambda: open_bundle(exported), 1)
+    name = engine.model.manifest.model.name
     try:
-        served = Endpoints(engine, "tiny", 0)
-        assert served.names == {"tiny": None, "tiny:second": "second"}
+        with TestClient(make_app(engine, None, True), base_url="http://127.0.0.1") as client:
+            listed = client.get("/v1/models").json()["data"]
+            assert [each["id"] for each in listed] == [name, f"{name}:second"]
+            assert client.get(f"/v1/models/{name}:second").json()["id"] == f"{name}:second"
+            asked = {"prompt": PROMPT, "max_tokens": 24, "temperature": 0}
+            for adapter in (None, "second", None):
+                model = name if adapter is None else f"{name}:{adapter}"
+                answer = client.post("/v1/completions", json={**asked, "model": model}).json()
+                assert answer["model"] == model
+                assert answer["choices"][0]["text"] == text_of(exported, adapter)
+            refused = client.post("/v1/completions", json={**asked, "model": f"{name}:third"})
+            assert refused.status_code == 404
+            assert f"'{name}:second'" in refused.json()["error"]["message"]
     finally:
         engine.close()
 

@@ -10,6 +10,7 @@ What peft makes of an adapter is the oracle (`reference`); what the artifact get
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -87,7 +88,7 @@ def judge_factors(found: Mapping[str, Factors], adapter: LowRank) -> Check:
         wanted, each = delta(), found[name]
         span = max(float(wanted.abs().max()), torch.finfo(torch.float32).tiny)
         far[name] = float((each.up @ each.down - wanted).abs().max()) / span
-    worst = max(far, key=far.__getitem__)
+    worst = max(far, key=lambda name: math.inf if math.isnan(far[name]) else far[name])
     words = f"what the file adds to {worst} is what peft adds, but for this share of its largest value"
     return Check("factors", far[worst] <= LIMIT, words, far[worst], LIMIT)
 
@@ -113,7 +114,7 @@ def judge_switching(subject: Subject, files: Mapping[str, Path]) -> tuple[Check,
     if other or idle:
         detail = f"not the same when turned on again: {other}" if other else f"no other than the base: {idle}"
     span = float(first["no adapter"].max() - first["no adapter"].min())
-    apart = max(float((loaded[name] - first[name]).abs().max()) / span for name in files)
+    apart = _largest([float((loaded[name] - first[name]).abs().max()) / span for name in files])
     words = (
         "the runtime's own loader of adapters gives what the session gives, but for this share of the range"
     )
@@ -162,7 +163,12 @@ def judge_places(
     words = (
         "in 32 bits, a miniature with factors by chance, off and on, gives torch's scores but for this share"
     )
-    return Check("exact_adapters", max(far) <= LIMIT, words, max(far), LIMIT)
+    return Check("exact_adapters", _largest(far) <= LIMIT, words, _largest(far), LIMIT)
+
+
+def _largest(values: list[float]) -> float:
+    """Return the largest; what is no number counts as such."""
+    return float(torch.tensor(values).max())
 
 
 def _by_chance(small: Checkpoint, names: list[str]) -> dict[str, Factors]:

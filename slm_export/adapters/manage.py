@@ -16,8 +16,9 @@ from slm_export.adapters.formats import refuse_adapters
 from slm_export.adapters.low_rank import LowRank
 from slm_export.bundles.build import adapter_entry
 from slm_export.bundles.bundle import Manifest, read_manifest, verify_files, write_manifest
-from slm_export.bundles.checksums import FileEntry, tree_files
+from slm_export.bundles.checksums import tree_files
 from slm_export.bundles.manifest import MANIFEST, AdapterEntry, ArtifactEntry
+from slm_export.bundles.sbom import SBOM, update_sbom
 from slm_export.bundles.staging import staged
 from slm_export.errors import GateError, InputError, suggestion
 from slm_export.evaltext import load_documents
@@ -139,13 +140,17 @@ def _relative(made: AdapterResult, folder: Path) -> AdapterResult:
 
 
 def _link(folder: Path, to: Path) -> None:
-    """Put every file of a bundle into another folder, as a link where the file system has them."""
+    """Put every file of a bundle into another folder, as a link where the file system has them.
+
+    What is written anew is no link: the bundle that is there stays whole until it is replaced.
+    """
     with machine_errors("copy the bundle", to):
         for entry in tree_files(folder):
-            if entry.path == MANIFEST:
-                continue
             place = to / entry.path
             place.parent.mkdir(parents=True, exist_ok=True)
+            if entry.path in (MANIFEST, SBOM):
+                shutil.copyfile(folder / entry.path, place)
+                continue
             try:
                 os.link(folder / entry.path, place)
             except OSError:
@@ -153,5 +158,8 @@ def _link(folder: Path, to: Path) -> None:
 
 
 def _write(folder: Path, manifest: Manifest, adapters: Sequence[AdapterEntry]) -> None:
-    files: tuple[FileEntry, ...] = tree_files(folder)
+    if (folder / SBOM).is_file():
+        own = (MANIFEST, SBOM)
+        update_sbom(folder, [entry for entry in tree_files(folder) if entry.path not in own])
+    files = tuple(entry for entry in tree_files(folder) if entry.path != MANIFEST)
     write_manifest(folder, manifest.model_copy(update={"adapters": tuple(adapters), "files": files}))

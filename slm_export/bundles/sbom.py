@@ -5,10 +5,11 @@ The same bundle gives the same bytes: no time stamp, and a serial number derived
 
 from __future__ import annotations
 
+import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from slm_export.bundles.checksums import FileEntry, sha256_entries
@@ -27,8 +28,7 @@ def sbom_text(report: Report, files: Sequence[FileEntry]) -> str:
     from cyclonedx.model.bom import Bom
     from cyclonedx.output.json import JsonV1Dot6
 
-    content = f"{report.model.source_sha256} {sha256_entries(files)} {sorted(report.toolchain.items())}"
-    bom = Bom(serial_number=uuid.uuid5(uuid.NAMESPACE_OID, content))
+    bom = Bom(serial_number=_serial(report.model.source_sha256, files, report.toolchain))
     # The library fills in the present time; the format allows none, and its writer then leaves it out.
     bom.metadata.timestamp = None  # type: ignore[assignment]
     bundle, model = _bundle(report, files), _model(report.model, files)
@@ -47,6 +47,43 @@ def write_sbom(folder: Path, report: Report, files: Sequence[FileEntry]) -> Path
     path = folder / SBOM
     path.write_text(sbom_text(report, files), encoding="utf-8", newline="\n")
     return path
+
+
+def update_sbom(folder: Path, files: Sequence[FileEntry]) -> Path:
+    """Write the document of a bundle anew whose files are others now; what else it says stays.
+
+    Given   files: all of the bundle, but the document and the manifest
+    """
+    from cyclonedx.model.bom import Bom
+    from cyclonedx.model.component import ComponentType
+    from cyclonedx.output.json import JsonV1Dot6
+
+    path = folder / SBOM
+    bom: Any = Bom.from_json(json.loads(path.read_text(encoding="utf-8")))  # type: ignore[attr-defined]
+    bom.metadata.timestamp = None
+    listed = [each for each in bom.components if each.type == ComponentType.FILE]
+    formats = {
+        each.name: said.value
+        for each in listed
+        for said in each.properties
+        if said.name == "slm-export:format"
+    }
+    others = [each for each in bom.components if each.type != ComponentType.FILE]
+    (model,) = (each for each in others if each.bom_ref.value == "model")
+    tools = {each.name: each.version for each in others if each is not model}
+    bom.serial_number = _serial(next(iter(model.hashes)).content, files, tools)
+    bundle = bom.metadata.component
+    bundle.hashes = [_sha256(sha256_entries(files))]
+    parts = [_file(entry, formats) for entry in files]
+    bom.components, bom.dependencies = [*others, *parts], []
+    bom.register_dependency(bundle, [*others, *parts])
+    path.write_text(JsonV1Dot6(bom).output_as_string(indent=2) + "\n", encoding="utf-8", newline="\n")
+    return path
+
+
+def _serial(source_sha256: str, files: Sequence[FileEntry], toolchain: Mapping[str, str]) -> uuid.UUID:
+    content = f"{source_sha256} {sha256_entries(files)} {sorted(toolchain.items())}"
+    return uuid.uuid5(uuid.NAMESPACE_OID, content)
 
 
 def _bundle(report: Report, files: Sequence[FileEntry]) -> Component:
