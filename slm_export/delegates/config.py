@@ -10,6 +10,7 @@ Relative paths are relative to the folder of the file. An unknown key is an erro
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -236,7 +237,7 @@ def load_delegates(path: Path) -> Delegates:
 
     delegates = {name: with_paths(one) for name, one in found.delegates.items()}
     for name, one in delegates.items():
-        if one.bundle is not None and not Path(one.bundle, "manifest.json").is_file():
+        if one.bundle is not None and not os.path.isfile(os.path.join(one.bundle, "manifest.json")):
             raise InputError(
                 f"{path}: delegates.{name}.bundle: {one.bundle} is no bundle; export a model to it"
             )

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -288,7 +289,7 @@ def read_federation(path: Path) -> Federation:
             update={"texts": tuple(str(folder / text) for text in found.data.texts)}
         )
     made = found.model_copy(update=changed)
-    if not Path(made.model.base, "config.json").is_file():
+    if not os.path.isfile(os.path.join(made.model.base, "config.json")):
         raise InputError(
             f"{path}: model.base: {made.model.base} is no checkpoint folder (it has no config.json)"
         )
