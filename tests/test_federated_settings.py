@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from slm_export.errors import InputError
+from slm_export.errors import InputError, MissingComponentError
+from slm_export.federated.flower import environment, require_flower
 from slm_export.federated.settings import read_federation
 
 WHOLE = """
@@ -80,3 +81,16 @@ def test_what_is_agreed_holds_no_path_and_changes_with_everything_else(place: Pa
 def test_another_process_reads_the_same(place: Path) -> None:
     found = read(place, WHOLE + '\n[data]\ntexts = ["a"]\nanonymise = { how = "drop" }\n')
     assert type(found).model_validate_json(found.model_dump_json()) == found
+
+
+def test_what_is_not_installed_is_said_with_what_to_do() -> None:
+    with pytest.raises(MissingComponentError, match=r"pip install 'slm-export\[federated\]'") as caught:
+        require_flower("flwr_that_nobody_has")
+    assert caught.value.exit_code == 3
+
+
+def test_nobody_is_told_and_nothing_lies_in_the_users_folder(tmp_path: Path) -> None:
+    made = environment(tmp_path)
+    told = ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+    assert [made[name] for name in told] == ["0", "0", "0"]
+    assert (made["FLWR_HOME"], made["FLWR_DISABLE_UPDATE_CHECK"]) == (str(tmp_path), "1")

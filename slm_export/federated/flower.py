@@ -74,5 +74,6 @@ def require_flower(*packages: str) -> None:
     for package in packages or ("flwr",):
         if find_spec(package) is None:
             raise MissingComponentError(
-                f"federated tuning needs {package}, which is not installed; pip install 'slm-export[federated]'"
+                f"federated tuning needs {package}, which is not installed; pip install 'slm-export[federated]' "
+                "with Python 3.11 or later"
             )

@@ -28,7 +28,8 @@ def simulate(federation: Federation, folder: Path) -> None:
         MachineError: Ray died.
     """
     # Ray's sockets lie in its folder, and the names of sockets are short: not where other temporary files are.
-    with tempfile.TemporaryDirectory(prefix="slm-", dir="/tmp") as temporary:
+    # What Ray's processes still write while they end must not make an error of a result.
+    with tempfile.TemporaryDirectory(prefix="slm-", dir="/tmp", ignore_cleanup_errors=True) as temporary:
         request = {
             "federation": federation.model_dump(mode="json"),
             "folder": str(folder),
