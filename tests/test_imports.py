@@ -42,7 +42,7 @@ CORE = (
     "graph/model",
     "source/load",
 )
-TOP = ("driver", "commands", "cli", "cli_measuring", "cli_serving", "opened")
+TOP = ("driver", "proof", "commands", "cli", "cli_measuring", "cli_serving", "opened")
 
 
 def sources() -> list[Path]:

@@ -10,8 +10,8 @@ import pytest
 from forked import Forked
 from sample_reports import artifact_of, decoder_report, fill, make, unverified
 
-from slm_export.driver import FailedGateError
 from slm_export.errors import InputError, SlmExportError
+from slm_export.proof import FailedGateError
 from slm_export.reports.junit import Cases, recorded, to_xml
 from slm_export.results import Check
 

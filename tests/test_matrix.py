@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from conftest import ROOT, TOKENIZER_FILES
 
-from slm_export import driver
 from slm_export.bundles.finished import CACHE_VARIABLE, KEEP_VARIABLE
 from slm_export.cli import cli
 from slm_export.errors import InputError
@@ -30,6 +29,7 @@ from slm_export.matrix.schedule import Room
 from slm_export.matrix.summary import write
 from slm_export.matrix.work import ANSWER, Ended, Work
 from slm_export.progress import Progress
+from slm_export.proof import FailedGateError
 from slm_export.reports.report import to_json
 from slm_export.settings import load_settings
 
@@ -78,7 +78,7 @@ class OneByOne:
                 patch.setenv(variable, value)
             try:
                 cli.main([*work.arguments], standalone_mode=False)
-            except driver.FailedGateError as error:
+            except FailedGateError as error:
                 code = error.exit_code
                 message = {"message": str(error), "exit_code": code}
                 print(json.dumps({"error": message, "report": to_json(error.report)}))

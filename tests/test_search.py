@@ -23,12 +23,12 @@ from slm_export.bundles.finished import CACHE_VARIABLE
 from slm_export.compilation import Request, make_plan
 from slm_export.compression.calibration import Calibration
 from slm_export.compression.workbench import Workbench
-from slm_export.driver import FailedGateError
 from slm_export.errors import InputError
 from slm_export.fidelity.judging import checks_of
 from slm_export.fidelity.thresholds import default_gates
 from slm_export.optimizers.drop_layers import DropLayers
 from slm_export.progress import Progress
+from slm_export.proof import FailedGateError
 from slm_export.recipe import QuantizationOptions
 from slm_export.results import Artifact, FormatResult, Report, TokenLatency, TokenQuality
 from slm_export.source.load import load_checkpoint

@@ -25,6 +25,7 @@ from slm_export.budget.words import contradiction_words, impossible_words, nothi
 from slm_export.compilation import Plan
 from slm_export.errors import InputError
 from slm_export.progress import Progress
+from slm_export.proof import FailedGateError
 from slm_export.results import Report
 
 _DOUBT = 1.5
@@ -44,13 +45,13 @@ def export(plan: Plan, progress: Progress) -> tuple[Report, Path]:
     by_bits = refuse_impossible(problem)
     plan.ready()
     ground = ground_of(problem, progress)
-    missed: InputError | driver.FailedGateError | None = None
+    missed: InputError | FailedGateError | None = None
     if by_bits:
         expected = with_losses(problem, ground, before_bits(problem, ground, progress), progress)
         refuse_too_large(expected, problem.budget)
         try:
             return _exported(problem, expected, progress)
-        except (ContradictionError, driver.FailedGateError) as error:
+        except (ContradictionError, FailedGateError) as error:
             if not _structure_may_help(problem, error):
                 raise
             missed = error
@@ -114,7 +115,7 @@ def _exported(problem: Problem, expected: Expectation, progress: Progress) -> tu
         progress.say(note)
         try:
             return driver.export(problem.planned(expected, allocation, note), progress)
-        except driver.FailedGateError as error:
+        except FailedGateError as error:
             if not left or not _of_the_budget(error.report, problem.budget):
                 raise
             expected = expected.corrected(allocation, error.report.formats)
@@ -125,12 +126,12 @@ def _exported(problem: Problem, expected: Expectation, progress: Progress) -> tu
     raise AssertionError
 
 
-def _structure_may_help(problem: Problem, error: InputError | driver.FailedGateError) -> bool:
+def _structure_may_help(problem: Problem, error: InputError | FailedGateError) -> bool:
     """Whether a model with fewer parts may be within the budget: only cost and quality together ask for one."""
     budget = problem.budget
     if not budget.limits_cost or loss_limit(budget) is None or not kinds_of(problem.source, problem.before):
         return False
-    return not isinstance(error, driver.FailedGateError) or _of_the_budget(error.report, budget)
+    return not isinstance(error, FailedGateError) or _of_the_budget(error.report, budget)
 
 
 def _next(expected: Expectation, budget: Budget, last: Allocation) -> Allocation | None:

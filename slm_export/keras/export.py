@@ -12,7 +12,6 @@ from slm_export.bundles import bundle
 from slm_export.bundles.lock import write_lock
 from slm_export.checkpoint import Checkpoint
 from slm_export.compilation import Plan
-from slm_export.driver import gates_for, refuse_failures, size_check, versions
 from slm_export.errors import InputError
 from slm_export.exporters.litert_keras import Converted
 from slm_export.exporters.litert_keras_file import write
@@ -24,6 +23,7 @@ from slm_export.keras.source import name_of
 from slm_export.locked import held_against, inputs_of, lock_of
 from slm_export.optimizers.group_quantize import GroupQuantize
 from slm_export.progress import Progress
+from slm_export.proof import gates_for, refuse_failures, size_check
 from slm_export.recipe import options_of
 from slm_export.registry import exporter
 from slm_export.reports.asked import asked
@@ -32,6 +32,7 @@ from slm_export.reports.environment import environment
 from slm_export.results import Artifact, FormatResult, Latency, ModelFacts, PassRow, Quality, Report
 from slm_export.source.licences import copy_licences, licence_of, licence_texts
 from slm_export.source.tasks import CLASSIFICATION, EMBEDDING
+from slm_export.toolchain import versions
 
 FORMAT, SOURCE = "litert", "tensorflow"
 _TOOLS = ("tensorflow", "keras", "ai-edge-litert", "torch")

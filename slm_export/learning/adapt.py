@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_export.bundles.bundle import staged
-from slm_export.driver import versions
+from slm_export.toolchain import versions
 from slm_export.errors import InputError
 from slm_export.learning import finishing, heads
 from slm_export.learning.adapt_settings import AdaptSettings

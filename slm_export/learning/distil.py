@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from slm_export.bundles.bundle import Staging, staged
-from slm_export.driver import versions
+from slm_export.toolchain import versions
 from slm_export.errors import InputError
 from slm_export.evaltext import load_documents, text_sha256
 from slm_export.learning import students

@@ -9,7 +9,7 @@ from typing import Any
 
 from slm_export.bundles.bundle import staged
 from slm_export.bundles.checksums import sha256_file
-from slm_export.driver import versions
+from slm_export.toolchain import versions
 from slm_export.errors import InputError
 from slm_export.learning import finishing
 from slm_export.learning.artifact_scores import score_bundle

@@ -13,7 +13,6 @@ from pydantic_core import from_json
 
 from slm_export.bundles.bundle import verify_files
 from slm_export.bundles.lock import Source
-from slm_export.driver import tools_of, versions
 from slm_export.errors import SlmExportError
 from slm_export.keras import read as keras
 from slm_export.keras.source import is_tensorflow_model
@@ -22,6 +21,7 @@ from slm_export.matrix.cells import Cell
 from slm_export.matrix.work import ANSWER
 from slm_export.source.hub import find_model
 from slm_export.source.provenance import source_of
+from slm_export.toolchain import tools_of, versions
 
 RECORD = "cell.json"
 
