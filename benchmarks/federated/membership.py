@@ -163,10 +163,10 @@ def by_chance(texts: int, width: int) -> tuple[Base, Examples]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--texts", type=int, default=96, help="that the adapter learns half of")
-    parser.add_argument("--steps", type=int, default=60, help="of the adapter")
+    parser.add_argument("--texts", type=int, default=64, help="that the adapter learns half of")
+    parser.add_argument("--steps", type=int, default=40, help="of the adapter")
     parser.add_argument("--rate", type=float, default=1e-2, help="of the adapter")
-    parser.add_argument("--seeds", type=int, default=3, help="of the adapter; the heads have 12")
+    parser.add_argument("--seeds", type=int, default=2, help="of the adapter; the heads have 12")
     parser.add_argument("--plot", type=Path, help="[default: OUT/membership.svg]")
     given = parser.parse_args()
     torch.set_num_threads(1)

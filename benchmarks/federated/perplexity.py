@@ -7,7 +7,7 @@ packages bring: C++ headers, descriptions in English, type stubs, and CMake. An 
 examples/pycode-5m, which was trained on Python, learns from them
 
     nothing       the model as it is
-    alone         each client by itself, as many steps as rounds have
+    alone         clients by themselves (the first --alone of them), as many steps as rounds have
     together      federated averaging: in each round every client takes part with probability --fraction, by itself
     epsilon = 8   the same, with user-level privacy: of twenty clients none can be hidden without hiding all
     in one place  all windows of all clients
@@ -139,7 +139,9 @@ def ways(
         "together": lambda: [together(base, clients, local, rounds, 0)],
         f"epsilon = {EPSILON:g}": lambda: [together(base, clients, local, noisy, 0)],
         "in one place": lambda: [train(base, start(base), examples, whole, NONE, 0).tensors],
-        "alone": lambda: [train(base, start(base), one, longer, NONE, 0).tensors for one in clients],
+        "alone": lambda: [
+            train(base, start(base), one, longer, NONE, 0).tensors for one in clients[: given.alone]
+        ],
     }.items():
         began = time.monotonic()
         made[name] = work()
@@ -159,6 +161,7 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, default=0.5)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rate", type=float, default=5e-3)
+    parser.add_argument("--alone", type=int, default=8, help="clients that are also taught by themselves")
     given = parser.parse_args()
     torch.set_num_threads(1)
     given.out.mkdir(parents=True, exist_ok=True)
@@ -171,7 +174,7 @@ def main() -> None:
     own = np.array([np.bincount(topics[list(part)], minlength=len(KINDS)) / len(part) for part in parts])
     rows = {}
     for name, models in ways(base, examples, parts, local, given).items():
-        weights = own if len(models) > 1 else own.mean(0, keepdims=True)
+        weights = own[: len(models)] if name == "alone" else own.mean(0, keepdims=True)
         found = [perplexity(base, models, held_out, every) for every in (np.ones_like(weights), weights)]
         rows[name] = {"everywhere": asdict(found[0]), "own": asdict(found[1])}
         print(f"| {name} | {found[0]} | {found[1]} |", flush=True)
