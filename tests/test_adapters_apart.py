@@ -334,6 +334,12 @@ def test_what_took_something_from_its_base_is_refused(tiny_llama: Path, tmp_path
         read("mine", folder, tiny_llama)
 
 
+def test_a_name_that_can_be_no_folder_s_says_nothing_of_the_base(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = adapter_of(tiny_llama, tmp_path / "mine")
+    change(folder, base_model_name_or_path="x" * 5000)
+    assert read("mine", folder, tiny_llama).factors
+
+
 def test_another_base_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(tiny_llama, tmp_path / "other"))
     weights = load_file(other / "model.safetensors")

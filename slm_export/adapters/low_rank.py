@@ -120,7 +120,7 @@ def _refuse_another_base(folder: Path, config: Any, base: Checkpoint, sha256: st
     """Refuse an adapter that names a folder with another model; names on a hub say nothing of the files here."""
     named = str(config.base_model_name_or_path or "")
     for place in (Path(os.path.expanduser(named)), folder / named):
-        if named and (place / "config.json").is_file():
+        if named and os.path.isfile(place / "config.json"):
             if place.resolve() != base.folder.resolve() and source_sha256(place) != sha256:
                 raise InputError(
                     f"{folder}: was trained on {named}, whose files are not those of {base.folder} (another sha256); "
