@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from slm_export.child import Child
@@ -16,6 +18,7 @@ from slm_export.machine import machine_errors
 
 _A_YEAR_S = 365 * 24 * 3600.0
 """A server waits for its clients for as long as its rounds let it, and is ended by whoever started it."""
+_PAUSE_S = 2.0
 
 
 def serve(federation: Federation, folder: Path) -> None:
@@ -67,13 +70,20 @@ def take_part(federation: Federation) -> None:
         "key": federation.client.key,
     }
     command = [sys.executable, "-m", "slm_export.federated.supernode", json.dumps(told)]
-    child = subprocess.Popen(command, env={**os.environ, **more})
+    while (code := _node(command, {**os.environ, **more})) == 0:
+        # So Flower's ends where the server has begun anew, and knows nothing of this client but its key.
+        time.sleep(_PAUSE_S)
+    raise MachineError(f"the client ended by itself (exit code {code}); the lines above say why")
+
+
+def _node(command: list[str], variables: Mapping[str, str]) -> int:
+    """Run Flower's process to its end, and return its exit code; it ends with this one."""
+    child = subprocess.Popen(command, env=variables)
     try:
-        code = child.wait()
+        return child.wait()
     finally:
         child.terminate()
         child.wait()
-    raise MachineError(f"the client ended by itself (exit code {code}); the lines above say why")
 
 
 def check_server(server: Server, belong: int) -> list[Path]:

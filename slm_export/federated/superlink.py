@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_export.child import serve_all
-from slm_export.errors import InputError
+from slm_export.errors import InputError, MachineError
 from slm_export.federated.flower import end_with_parent
 
 _FLEET = "/v1/fleet/"
@@ -59,33 +59,52 @@ def serve_run(request: dict[str, Any]) -> dict[str, str]:
     port = inner.getsockname()[1]
     app = create_app(_lifespan(port), SuperLinkLifespan)
     quiet: dict[str, Any] = {"access_log": False, "log_config": None, "workers": 1}
-    doors = [
-        (uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, **quiet)), [inner]),
-        (
-            uvicorn.Server(
-                uvicorn.Config(
-                    for_clients_only(app),
-                    lifespan="off",
-                    ssl_certfile=request["certificate"],
-                    ssl_keyfile=request["key"],
-                    **quiet,
-                )
-            ),
-            [outer],
+    ours = _Door(uvicorn.Config(app, host="127.0.0.1", port=port, **quiet), inner)
+    theirs = _Door(
+        uvicorn.Config(
+            for_clients_only(app),
+            lifespan="off",
+            ssl_certfile=request["certificate"],
+            ssl_keyfile=request["key"],
+            **quiet,
         ),
-    ]
-    threads = [threading.Thread(target=door.run, args=(sockets,), daemon=True) for door, sockets in doors]
-    for thread, (door, _) in zip(threads, doors, strict=True):
-        thread.start()
-        while thread.is_alive() and not door.started:
-            time.sleep(_LOOK_S / 10)
+        outer,
+    )
+    ours.open()
+    control = _control(f"127.0.0.1:{port}")
     try:
-        return _run(f"127.0.0.1:{port}", [Path(path) for path in request["clients"]])
+        # Before anybody can ask: a client whose key is not known yet would be sent away for good.
+        _register(control, [Path(path) for path in request["clients"]])
+        theirs.open()
+        return _run(control)
     finally:
-        for door, _ in reversed(doors):
-            door.should_exit = True
-        for thread in threads:
-            thread.join(timeout=10)
+        control.close()
+        theirs.close()
+        ours.close()
+
+
+class _Door:
+    """A server in a thread."""
+
+    def __init__(self, config: Any, listening: socket.socket) -> None:
+        import uvicorn
+
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, args=([listening],), daemon=True)
+
+    def open(self) -> None:
+        """Answer from now on."""
+        self._thread.start()
+        while self._thread.is_alive() and not self._server.started:
+            time.sleep(_LOOK_S / 10)
+        if not self._server.started:
+            raise MachineError("Flower's server did not start")
+
+    def close(self) -> None:
+        """Answer no more."""
+        self._server.should_exit = True
+        if self._thread.ident is not None:
+            self._thread.join(timeout=10)
 
 
 def _lifespan(port: int) -> Any:
@@ -118,31 +137,38 @@ def _lifespan(port: int) -> Any:
     )
 
 
-def _run(address: str, keys: list[Path]) -> dict[str, str]:
-    from flwr.cli.build import build_fab_from_files
-    from flwr.cli.supernode.register import try_load_public_key
-    from flwr.common.serde import fab_to_proto
-    from flwr.proto.control_pb2 import ListRunsRequest, RegisterNodeRequest, StartRunRequest
+def _control(address: str) -> Any:
     from flwr.supercore.control import ControlHttpClient
-    from flwr.supercore.fab import Fab
     from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
-    control = ControlHttpClient.from_server_address(
+    return ControlHttpClient.from_server_address(
         address, True, None, [RuntimeVersionHttpInterceptor(component_name="flwr CLI")]
     )
-    try:
-        for key in keys:
-            control.RegisterNode(RegisterNodeRequest(public_key=try_load_public_key(key), name=key.stem))
-        content, _ = build_fab_from_files({"pyproject.toml": _PROJECT.encode()})
-        fab = Fab(hashlib.sha256(content).hexdigest(), content, {})
-        run_id = control.StartRun(StartRunRequest(fab=fab_to_proto(fab))).run_id
-        while True:
-            status = control.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id].status
-            if status.status == "finished":
-                return {"ended": status.sub_status, "details": status.details}
-            time.sleep(_LOOK_S)
-    finally:
-        control.close()
+
+
+def _register(control: Any, keys: list[Path]) -> None:
+    from flwr.cli.supernode.register import try_load_public_key
+    from flwr.proto.control_pb2 import RegisterNodeRequest
+
+    for key in keys:
+        control.RegisterNode(RegisterNodeRequest(public_key=try_load_public_key(key), name=key.stem))
+
+
+def _run(control: Any) -> dict[str, str]:
+    """Start the run, and wait for its end."""
+    from flwr.cli.build import build_fab_from_files
+    from flwr.common.serde import fab_to_proto
+    from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest
+    from flwr.supercore.fab import Fab
+
+    content, _ = build_fab_from_files({"pyproject.toml": _PROJECT.encode()})
+    fab = Fab(hashlib.sha256(content).hexdigest(), content, {})
+    run_id = control.StartRun(StartRunRequest(fab=fab_to_proto(fab))).run_id
+    while True:
+        status = control.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id].status
+        if status.status == "finished":
+            return {"ended": status.sub_status, "details": status.details}
+        time.sleep(_LOOK_S)
 
 
 def _listening(host: str, port: int) -> socket.socket:
