@@ -14,6 +14,7 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def write_adapter(factors: Mapping[str, Factors], places: Places, base: Path, pa
         place, own = name.removesuffix(".weight"), each.down.shape[0]
         tensors[place + A][0, :, :own] = each.down.t()
         tensors[place + B][0, :own] = each.up.t()
-    save_file(tensors, path, {"version": VERSION, "base_sha256": sha256_file(base)})
+    save_file(tensors, path, {"version": VERSION, "base_sha256": _sha256(base)})
 
 
 def read_adapter(path: Path, base: Path, places: Places) -> list[Tensor]:
@@ -140,8 +141,19 @@ def _tensors(path: Path, base: Path) -> dict[str, Tensor]:
         raise InputError(
             f"{path}: adapter version {said.get('version')}, and this slm-export reads {VERSION}; add it again"
         )
-    if said.get("base_sha256") != sha256_file(base):
+    if said.get("base_sha256") != _sha256(base):
         raise InputError(
             f"{path}: was made for another model than {base}; add the adapter to this one with `slm-export adapter add`"
         )
     return tensors
+
+
+def _sha256(base: Path) -> str:
+    """Return the hash of a model; switching must not take the time of reading all of it."""
+    found = base.stat()
+    return _hashed(base, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _hashed(base: Path, size: int, changed: int) -> str:
+    return sha256_file(base)

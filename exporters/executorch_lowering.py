@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from slm_export.checkpoint import Checkpoint
 from slm_export.exporters.executorch_file import Contents, write_program
 from slm_export.exporters.executorch_names import add_names
+from slm_export.exporters.executorch_places import METHOD
 from slm_export.exporters.executorch_stamp import lowered_modules, stamped
 from slm_export.exporters.executorch_stand_in import stand_in
 from slm_export.graph.layers import CannotStamp, check_alike, hollow, layers_of
@@ -97,9 +98,16 @@ def write(
     Given   entries: further named data, which no runtime asks for
     """
     from executorch.exir import ExecutorchBackendConfig
+    from executorch.exir.passes import MemoryPlanningPass
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 
+    planning = ExecutorchBackendConfig().memory_planning_pass
     config = ExecutorchBackendConfig(
+        # Matrices of an adapter are used where the app has them, and not copied for every token.
+        memory_planning_pass={
+            method: MemoryPlanningPass(alloc_graph_input=False) if method == METHOD else planning
+            for method in edge.methods
+        },
         # Weights in a segment of their own are mapped, and freed once XNNPACK has packed them.
         extract_delegate_segments=True,
         sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
