@@ -39,6 +39,7 @@ from federating import free_port
 from test_federated_simulation import changed
 
 from slm_export.federated.flower import programs
+from slm_export.federated.state import FILE, load_state
 from slm_export.federated.superlink import for_clients_only
 
 DEADLINE_S = 900.0
@@ -53,7 +54,7 @@ rank = 2
 texts = ["{texts}"]
 
 [rounds]
-number     = 1
+number     = {number}
 clients    = 3
 available  = {available}
 minimum    = 1
@@ -77,6 +78,7 @@ if "flwr-clientapp" in sys.orig_argv:
         gate.with_suffix(".reached").touch()
         while not gate.exists():
             time.sleep(0.1)
+        gate.unlink(missing_ok=True)
         return learn(*asked)
     client._learn = waits
 """
@@ -143,12 +145,12 @@ def until(what: str, true: Callable[[], Any], alive: tuple[subprocess.Popen[Any]
 class Place:
     """A folder for each process, with its own federation.toml, keys and log."""
 
-    def __init__(self, folder: Path, base: Path, available: int, deadline_s: float) -> None:
+    def __init__(self, folder: Path, base: Path, available: int, deadline_s: float, number: int = 1) -> None:
         self.folder = folder
         certificates(folder / "tls")
         (folder / "keys").mkdir()
         self.port = free_port()
-        self._common = {"base": base, "available": available, "deadline_s": deadline_s}
+        self._common = {"base": base, "available": available, "number": number, "deadline_s": deadline_s}
         self._write(
             "server",
             f'[server]\nlisten = "127.0.0.1:{self.port}"\ncertificate = "../tls/server.pem"\n'
@@ -173,7 +175,7 @@ class Place:
         return own
 
     def gate(self, name: str) -> Path:
-        """A file that a client waits for before it learns; beside it another says that it waits."""
+        """A file that a client waits for before it learns, and takes away; beside it another says that it waits."""
         return self.folder / name / "gate"
 
     @contextmanager
@@ -207,6 +209,13 @@ class Place:
     def learns(self, name: str) -> bool:
         """Whether a client was asked, and is at it."""
         return self.gate(name).with_suffix(".reached").exists() or "learns from" in self.log(name)
+
+
+def rounds_of(cache: Path) -> int:
+    """How many rounds a server has stored."""
+    found = list((cache / "learning").glob(f"*/{FILE}"))
+    state = load_state(found[0].parent) if found else None
+    return 0 if state is None else len(state.rounds)
 
 
 def kill(process: subprocess.Popen[Any]) -> None:
@@ -244,6 +253,30 @@ def test_one_client_is_killed_and_one_is_late_and_the_round_is_done(tmp_path: Pa
     assert not place.learns("stranger"), "a key that the server does not know takes no part"
     for name in ("server", "steady"):
         assert not (tmp_path / name / "home").exists(), "nothing lies in the user's own folder"
+
+
+@pytest.mark.slow
+def test_a_killed_server_is_gone_on_with_and_its_clients_stay(tmp_path: Path, tiny_llama: Path) -> None:
+    place = Place(tmp_path, tiny_llama, available=1, deadline_s=600.0, number=3)
+    place.client("steady")
+    cache = tmp_path / "server" / "cache"
+    with place.running("steady", gated=True) as steady:
+        with place.running("server") as server:
+            place.gate("steady").touch()
+            until("the first round is stored", lambda: rounds_of(cache) == 1, (server, steady))
+            kill(server)  # in the midst of the second, for which its client waits
+        assert rounds_of(cache) == 1
+        with place.running("server") as server:
+
+            def done() -> bool:
+                place.gate("steady").touch()
+                return server.poll() is not None
+
+            until("the server is done", done, (steady,))
+            assert server.returncode == 0, place.log("server")
+    told = json.loads((tmp_path / "server" / "adapter" / "federation.json").read_text())["federation"]
+    assert told["rounds"]["that_changed"] == 3
+    assert [each["good"] for each in told["each_round"]] == [1, 1, 1]
 
 
 @pytest.mark.slow

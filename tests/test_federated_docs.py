@@ -74,8 +74,10 @@ def test_from_a_shipped_bundle_to_a_delegate_that_has_learned(tmp_path: Path) ->
     assert [each["name"] for each in adapters] == ["week-1", "week-2"]
     learned = json.loads((tmp_path / "merged" / "manifest.json").read_text())["model"]["learned"]
     assert learned["settings"]["privacy"] == weeks[1]["privacy"]
-    answers = [line for line in done.stdout.splitlines() if '"coder"' in line]
-    assert len(answers) == 1, done.stdout
+    (answer,) = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert json.loads(answer)["delegate"] == "coder"
+    assert json.loads(answer)["answer"]
+    assert answer in done.stdout
 
 
 @pytest.mark.slow
