@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -26,7 +27,14 @@ DEADLINE_S = 300
 def place(tmp_path_factory: pytest.TempPathFactory, minilm: Path, pycode: Path, quick_cli: Forked) -> Path:
     folder = tmp_path_factory.mktemp("examples") / "delegates"
     shutil.copytree(ROOT / "examples" / "delegates", folder)
-    for model, out in ((minilm, "minilm"), (pycode, "pycode")):
+    lines = subprocess.run(
+        [sys.executable, "machine_log.py", "3000"], cwd=folder, check=True, capture_output=True, text=True
+    )
+    (folder / "labelled.jsonl").write_text(lines.stdout)
+    done = quick_cli(*_taught(minilm), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    models = ((minilm, "minilm"), (pycode, "pycode"), (folder / "watcher-model", "watcher"))
+    for model, out in models:
         common = ("--target", "host", "--bits", "8", "--format", "onnx", "--no-verify", "--no-bench")
         done = quick_cli(model, *common, "--out", out, cwd=folder)
         assert done.returncode == 0, done.stderr
@@ -35,6 +43,12 @@ def place(tmp_path_factory: pytest.TempPathFactory, minilm: Path, pycode: Path, 
     text = (folder / "delegates.toml").read_text()
     (folder / "delegates.toml").write_text(text.replace("[webhook]", "[webhook]\nport = 0"))
     return folder
+
+
+def _taught(minilm: Path) -> list[str]:
+    """Return the page's command that teaches the watcher."""
+    (line,) = re.findall(r"^    slm-export (adapt .*)$", PAGE, re.MULTILINE)
+    return [str(minilm) if word == "MINILM" else word for word in line.split()]
 
 
 def rows(delegate: str) -> list[tuple[str, str]]:

@@ -165,7 +165,7 @@ def test_the_examples_are_right(tmp_path: Path) -> None:
     for path in folder.glob("*.toml"):
         if path.name != "delegates.toml":
             read_model(path, Entries)
-    for name in ("minilm", "pycode"):
+    for name in ("minilm", "pycode", "watcher"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text("{}")
     (tmp_path / "delegates.toml").write_text((folder / "delegates.toml").read_text())
