@@ -118,6 +118,10 @@ def write(
     return Made(maker, base, checkpoint, path, session, folders, files)
 
 
+def of(format: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("made", [format], indirect=True)
+
+
 @pytest.mark.parametrize("name", [None, "wide", "thin"])
 def test_on_and_off_it_is_what_peft_runs(made: Made, name: str | None) -> None:
     made.session.adapt(made.files[name] if name else None)
@@ -169,6 +173,7 @@ FAULTS: dict[str, Callable[[Factors], Factors]] = {
 }
 
 
+@of("onnx")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_goes_wrong_with_a_file_is_seen(made: Made, tmp_path: Path, fault: str) -> None:
     adapter = read("wide", made.folders["wide"], made.base)
@@ -182,6 +187,7 @@ def test_what_goes_wrong_with_a_file_is_seen(made: Made, tmp_path: Path, fault: 
     assert not apart(wrong, eager(made.base, made.folders["wide"], made.checkpoint)) <= 100 * EXACT
 
 
+@of("onnx")
 def test_a_matrix_that_is_left_out_is_seen(made: Made) -> None:
     adapter = read("wide", made.folders["wide"], made.base)
     some = dict(list(adapter.factors.items())[1:])
@@ -207,6 +213,7 @@ def test_the_gate_sees_a_place_that_is_not_as_it_should_be(tiny_llama: Path) -> 
     assert check.value > 10 * EXACT
 
 
+@of("onnx")
 def test_the_reference_is_peft_s_own_output(made: Made) -> None:
     adapter = read("wide", made.folders["wide"], made.base)
     with torch.no_grad():
@@ -215,6 +222,7 @@ def test_the_reference_is_peft_s_own_output(made: Made) -> None:
     assert apart(logits, eager(made.base, made.folders["wide"], made.checkpoint)) <= EXACT
 
 
+@of("onnx")
 def test_facts_of_an_adapter(made: Made) -> None:
     wide, thin = (read(name, made.folders[name], made.base) for name in ("wide", "thin"))
     assert (wide.rank, thin.rank) == (4, 1)
@@ -397,10 +405,6 @@ def test_a_file_for_another_model_is_refused(made: Made, tmp_path: Path) -> None
     # Whatever was on before stays what it was.
     made.session.adapt(None)
     assert apart(made.session.logits(TOKENS, 0), eager(made.base, None, made.checkpoint)) <= EXACT
-
-
-def of(format: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("made", [format], indirect=True)
 
 
 @of("onnx")
