@@ -65,6 +65,7 @@ def changed(folder: Path) -> bool:
     return all(bool(value.any()) for name, value in tensors.items() if "lora_B" in name)
 
 
+@pytest.mark.slow  # not for its length alone: Ray gives up where its agent takes longer than 15 s to start
 def test_a_small_federation(tmp_path: Path, tiny_llama: Path, cli: Cli, quick_cli: Forked) -> None:
     settings = write(tmp_path, tiny_llama, 3)
     done = cli("federate", "simulate", settings, "--json", env={"OMP_NUM_THREADS": "1"})

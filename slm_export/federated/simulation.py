@@ -7,7 +7,12 @@ Everything listens on the loopback address alone.
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
 import tempfile
+import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ from slm_export.child import Child, serve_all
 from slm_export.federated.flower import end_with_parent, environment
 from slm_export.federated.settings import Federation
 
+_START_S = 300.0
 _STORE_BYTES = 100_000_000
 """Of Ray's shared memory; it accepts no less than 75 MB. Messages are a few MB."""
 
@@ -47,6 +53,7 @@ def _patience_s(federation: Federation) -> float:
 
 
 def _run(request: dict[str, Any]) -> None:
+    _end_unless_ray_starts()
     from flwr.simulation import run_simulation
 
     from slm_export.federated.apps import simulated_client, simulated_server
@@ -75,6 +82,26 @@ def _run(request: dict[str, Any]) -> None:
                 },
             },
         )
+
+
+def _end_unless_ray_starts() -> None:
+    """End this process where Ray never comes up: on an overloaded machine a part of it gives up, and it would wait on.
+
+    Ray's raylet waits for 15 s for its agent, and no setting was found that changes it.
+    """
+
+    def watch() -> None:
+        import ray
+
+        time.sleep(_START_S)
+        if not ray.is_initialized():
+            print(
+                f"Ray did not start within {_START_S:.0f} s; try again on a machine with less to do",
+                file=sys.stderr,
+            )
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":
