@@ -337,6 +337,7 @@ def test_a_loss_that_is_not_finite_is_an_error(classifier: Made) -> None:
         train(base, huge, examples, LOCAL, PLAIN, seed=0)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_layers_without_gradients_by_example_are_refused(tiny_llama: Path, decoder: Made) -> None:
     base = open_base(Model(base=str(tiny_llama), rank=2, targets=("embed_tokens",)))
     private = Privacy(unit="example", epsilon=9, delta=1e-3, noise=2.0, accountant="rdp")

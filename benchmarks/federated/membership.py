@@ -226,7 +226,7 @@ def _plot(told: dict[str, list[Attacked]], path: Path) -> None:
     )
     axes.set_xlabel(f"epsilon (delta = {DELTA:g})")
     axes.set_ylabel("advantage, the better attack")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
