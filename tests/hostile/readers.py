@@ -163,7 +163,7 @@ def _verified(format: str) -> Read:
         from slm_export.reports.junit import Cases
 
         _seal(folder, format)
-        _silent(lambda: verify_command(folder, None, None, None, True, Cases()))
+        _silent(lambda: verify_command(folder, None, None, None, (), True, Cases()))
 
     return read
 
@@ -190,7 +190,7 @@ def _seal(folder: Path, format: str) -> None:
 def run_bundle(folder: Path) -> None:
     from slm_export.commands.bundles import run_command
 
-    _silent(lambda: run_command(folder, "hello", None, 0.0, 1.0, 2, 0, True, False, True))
+    _silent(lambda: run_command(folder, "hello", None, None, 0.0, 1.0, 2, 0, True, False, True))
 
 
 def _stored(format: str, name: str) -> Read:
