@@ -28,8 +28,8 @@ HOSTILE = Path(__file__).resolve().parent.parent / "tests" / "hostile"
 sys.path.insert(0, str(HOSTILE))
 
 from batch import outcomes  # noqa: E402
-from mutations import spoil  # noqa: E402
 from good_files import make_good  # noqa: E402
+from mutations import spoil  # noqa: E402
 from readers import READERS  # noqa: E402
 
 CHEAP, DEAR, VENDOR = 8000, 1000, 300
