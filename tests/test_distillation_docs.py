@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from test_reason_docs import typed
+from walks import page, typed, walk
 
 
 @pytest.mark.slow
 def test_the_walk_of_distil_ends_in_a_verified_bundle(tmp_path: Path) -> None:
-    done = typed("distil", tmp_path)
+    done = typed(walk(page("distillation.md"), "distil"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "How it was taught" in done.stdout
     assert "artifact" in done.stdout

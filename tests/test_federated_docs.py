@@ -3,63 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
 
 pytest.importorskip("flwr")
 pytest.importorskip("ray")
 
 from federating import free_port
 from test_federated_simulation import changed
+from walks import page, typed, walk
 
 from slm_export.federated.settings import Federation
 from slm_export.federated.updates import Reason
 
-PAGE = (ROOT / "docs" / "federated.md").read_text(encoding="utf-8")
-FOLDERS = ("examples", "slm_export")
-
-
-def walk(name: str) -> str:
-    found = re.findall(rf"<!-- walk: {name} -->\n```\n(.*?)```\n<!-- end -->", PAGE, re.DOTALL)
-    assert len(found) == 1, name
-    return str(found[0])
-
-
-def typed(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a walk in a folder in which the repository's files lie; what it leaves in the background ends."""
-    for each in FOLDERS:
-        (folder / each).symlink_to(ROOT / each)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    made = environment({"PATH": path, "SLM_EXPORT_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"})
-    out, err = folder / "stdout", folder / "stderr"
-    with out.open("w") as to_out, err.open("w") as to_err:
-        shell = subprocess.Popen(
-            ["bash", "-euo", "pipefail", "-c", text],
-            cwd=folder,
-            env=made,
-            stdout=to_out,
-            stderr=to_err,
-            start_new_session=True,
-        )
-    try:
-        code = shell.wait(timeout=3600)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(shell.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(shell.args, code, out.read_text(), err.read_text())
+PAGE = page("federated.md")
 
 
 @pytest.mark.slow
 def test_from_a_shipped_bundle_to_a_delegate_that_has_learned(tmp_path: Path) -> None:
-    done = typed(walk("simulation"), tmp_path)
+    done = typed(walk(PAGE, "simulation"), tmp_path)
     assert done.returncode == 0, done.stderr
     weeks = [
         json.loads((tmp_path / week / "federation.json").read_text())["federation"]
@@ -82,7 +45,7 @@ def test_from_a_shipped_bundle_to_a_delegate_that_has_learned(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_server_and_clients(tmp_path: Path) -> None:
-    done = typed(walk("deployment").replace("9092", str(free_port())), tmp_path)
+    done = typed(walk(PAGE, "deployment").replace("9092", str(free_port())), tmp_path)
     assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "adapter" / "federation.json").read_text())["federation"]
     assert told["rounds"]["that_changed"] == 1
