@@ -14,7 +14,7 @@ import pytest
 from delegating import Echo, delegates
 
 from slm_export.delegates.config import Remote, Sampling
-from slm_export.delegates.local import Answer, Bundles
+from slm_export.delegates.local import Answer, Bundles, Show
 from slm_export.delegates.remote import ask
 from slm_export.delegates.runner import Runner
 from slm_export.delegates.screening import Screen
@@ -45,14 +45,12 @@ def test_pieces_are_shown_before_the_answer_is_whole(
     seen = []
 
     class Pieces(Echo):
-        def answer(self, *given: Any) -> Answer:
-            *asked, show = given
-
+        def answer(self, *asked: Any, show: Show, **more: Any) -> Answer:
             def shown(piece: str) -> None:
                 show(piece)
                 seen.append(capsys.readouterr().out)
 
-            return super().answer(*asked, shown)
+            return super().answer(*asked, show=shown, **more)
 
     states = run(FILE, tmp_path, Pieces(), ("one", "two"))
     assert seen == ["echo ", "one", "\necho ", "two"]
@@ -64,12 +62,12 @@ def test_an_answer_that_breaks_off_ends_its_line_and_is_tried_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Breaks(Echo):
-        def answer(self, *given: Any) -> Answer:
+        def answer(self, *asked: Any, show: Show, **more: Any) -> Answer:
             if not self.asked:
                 self.asked.append("")
-                given[-1]("half")
+                show("half")
                 raise MachineError("it broke")
-            return super().answer(*given)
+            return super().answer(*asked, show=show, **more)
 
     monkeypatch.setattr("slm_export.delegates.job._PAUSES_S", (0.0,))
     assert run(FILE, tmp_path, Breaks(), ("one",)) == ["done"]
@@ -84,8 +82,8 @@ def test_answers_that_are_shown_side_by_side_stay_apart(
     class Meets(Echo):
         """The first answer waits in its midst until the second delegate wants to show its own."""
 
-        def answer(self, *given: Any) -> Answer:
-            prompt, show = given[2], given[-1]
+        def answer(self, *asked: Any, show: Show, **more: Any) -> Answer:
+            prompt = asked[2]
             show("<")
             begun.set()
             assert other.wait(DEADLINE_S)

@@ -111,7 +111,7 @@ def _here(delegate: Delegate, prompt: str, bundles: Bundles, show: Show) -> Answ
         delegate.format,
         prompt,
         delegate.sampling,
-        delegate.nearest,
-        show,
-        delegate.adapter,
+        nearest=delegate.nearest,
+        show=show,
+        adapter=delegate.adapter,
     )
