@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError, needs
+from slm_export.exporters.adapter_inputs import AdaptersAsInputs
 from slm_export.exporters.executorch_reader import stored
 from slm_export.exporters.executorch_session import load_runtime, open_session, run_text_llm_runner
 from slm_export.results import Artifact, Check, Signature, written
@@ -43,7 +44,7 @@ _SHORTEST = (1, 3)
 _PACKAGES = "the executorch package"
 
 
-class ExecuTorchExporter:
+class ExecuTorchExporter(AdaptersAsInputs):
     """Writes and opens ``.pte`` programs."""
 
     name: ClassVar[str] = "executorch"
@@ -129,18 +130,6 @@ class ExecuTorchExporter:
         from slm_export.exporters.executorch_places import places_of
 
         write_adapter(factors, places_of(base), base, path)
-
-    def stored_factors(self, path: Path, base: Path) -> Mapping[str, Factors]:
-        """Return what an adapter's file for the program at ``base`` adds to each weight."""
-        from slm_export.exporters.adapter_matrices import read_factors
-
-        return read_factors(path, base)
-
-    def generate_adapted(
-        self, path: Path, tokenizer: Path, prompt: str, tokens: int, bos: int, adapter: Path
-    ) -> str:
-        """Not there: see `no_adapter_runner`."""
-        raise AssertionError(self.no_adapter_runner)
 
     def set_threads(self, count: int) -> None:
         """Let XNNPACK and the custom kernels use ``count`` threads in this process."""

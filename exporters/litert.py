@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from slm_export.checkpoint import Checkpoint
 from slm_export.errors import InputError, needs
+from slm_export.exporters.adapter_inputs import AdaptersAsInputs
 from slm_export.results import Artifact, Check, Signature, written
 from slm_export.runtime import ExportOptions, Factors, Session
 from slm_export.source.tasks import ENDINGS, GENERATION, output_shape
@@ -41,7 +42,7 @@ _THREADS = 2
 _PACKAGES = "litert-torch and litert-lm"
 
 
-class LiteRTExporter:
+class LiteRTExporter(AdaptersAsInputs):
     """Writes and opens ``.litertlm`` and ``.tflite`` files."""
 
     name: ClassVar[str] = "litert"
@@ -148,18 +149,6 @@ class LiteRTExporter:
 
         with needs(self.name, _PACKAGES):
             write_adapter(factors, places_of(base), base, path)
-
-    def stored_factors(self, path: Path, base: Path) -> Mapping[str, Factors]:
-        """Return what an adapter's file for the model at ``base`` adds to each weight."""
-        from slm_export.exporters.adapter_matrices import read_factors
-
-        return read_factors(path, base)
-
-    def generate_adapted(
-        self, path: Path, tokenizer: Path, prompt: str, tokens: int, bos: int, adapter: Path
-    ) -> str:
-        """Not there: see `no_adapter_runner`."""
-        raise AssertionError(self.no_adapter_runner)
 
     def set_threads(self, count: int) -> None:
         """Let sessions that are opened from now on use ``count`` threads."""
